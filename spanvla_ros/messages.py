@@ -1,0 +1,254 @@
+"""From ROS messages to the data vocabulary and back, reading objects by attribute.
+
+No ROS package is imported: rclpy messages and the message objects of rosbags look the same from
+here, so the nodes and the replay share one reader. Whatever contradicts itself is refused with a
+`MessageError`, whose sentence ends up in `/diagnostics`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from spanvla_ros.types import CameraFrame, SpanvlaError
+
+Picture = UInt8[np.ndarray, 'h w 3']
+CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1, '8UC3': 3}
+YUV = ('yuv422', 'uyvy', 'yuv422_yuy2', 'yuyv')
+BAYER = ('bayer_rggb8', 'bayer_bggr8', 'bayer_gbrg8', 'bayer_grbg8')
+MAX_SIDE_PX = 16_384
+
+
+class MessageError(SpanvlaError):
+    """A message that contradicts itself or cannot be read; the sentence says how."""
+
+
+def stamp_ns_of(header: Any) -> int:
+    """The stamp of a `std_msgs/Header` as integer nanoseconds."""
+    return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
+
+
+@dataclass(frozen=True)
+class Intrinsics:
+    """A pinhole camera: size and focal lengths in pixels, principal point from the top left."""
+
+    width_px: int
+    height_px: int
+    focal_x_px: float
+    focal_y_px: float
+    center_x_px: float
+    center_y_px: float
+
+
+def read_camera_info(msg: Any) -> Intrinsics:
+    """The pinhole part of a `sensor_msgs/CameraInfo`.
+
+    The rectified matrix P wins over K where it is filled. Lens distortion is not undone.
+    """
+    p = [float(value) for value in msg.p]
+    k = [float(value) for value in msg.k]
+    matrix = (p[0], p[5], p[2], p[6]) if p and p[0] > 0 else (k[0], k[4], k[2], k[5])
+    width_px, height_px = int(msg.width), int(msg.height)
+    if not all(math.isfinite(value) for value in matrix) or min(matrix[:2]) <= 0:
+        raise MessageError('camera_info: the focal length is not a positive number')
+    if not (0 < width_px <= MAX_SIDE_PX and 0 < height_px <= MAX_SIDE_PX):
+        raise MessageError(f'camera_info: {width_px}x{height_px} is not a picture size')
+    return Intrinsics(width_px, height_px, *matrix)
+
+
+def read_image(
+    msg: Any, camera: str, info: Intrinsics | None = None, *, use_cv_bridge: bool = False
+) -> CameraFrame:
+    """A `sensor_msgs/Image` as an RGB picture.
+
+    Args:
+        msg: the message; rgb8, bgr8, rgba8, bgra8, mono8, YUV 4:2:2 or 8-bit Bayer.
+        camera: the camera's name.
+        info: the camera's intrinsics, whose size the picture must have.
+        use_cv_bridge: convert with cv_bridge where it is installed.
+
+    Raises:
+        MessageError: unknown encoding, size against data, or size against `info`.
+    """
+    height_px, width_px = _checked_size(msg, info)
+    if use_cv_bridge:
+        picture = _through_cv_bridge(msg)
+        if picture is not None:
+            return CameraFrame(camera, stamp_ns_of(msg.header), picture)
+    return CameraFrame(camera, stamp_ns_of(msg.header), _rgb(msg, height_px, width_px))
+
+
+def _checked_size(msg: Any, info: Intrinsics | None) -> tuple[int, int]:
+    height_px, width_px, step = int(msg.height), int(msg.width), int(msg.step)
+    if not (0 < width_px <= MAX_SIDE_PX and 0 < height_px <= MAX_SIDE_PX):
+        raise MessageError(f'image: {width_px}x{height_px} is not a picture size')
+    encoding = str(msg.encoding)
+    if encoding in CHANNELS:
+        row_bytes = width_px * CHANNELS[encoding]
+    elif encoding in YUV:
+        row_bytes = width_px * 2
+    elif encoding in BAYER:
+        row_bytes = width_px
+    else:
+        known = ', '.join((*CHANNELS, *YUV, *BAYER))
+        raise MessageError(f'image: unknown encoding {encoding!r:.40}; known are {known}')
+    if step < row_bytes:
+        raise MessageError(
+            f'image: a row of {width_px} {encoding} pixels needs {row_bytes} bytes, step is {step}'
+        )
+    if len(msg.data) < step * height_px:
+        raise MessageError(
+            f'image: {height_px} rows of {step} bytes need {step * height_px} bytes, '
+            f'the message holds {len(msg.data)}'
+        )
+    _check_against_info(width_px, height_px, info)
+    return height_px, width_px
+
+
+def _check_against_info(width_px: int, height_px: int, info: Intrinsics | None) -> None:
+    if info is not None and (width_px, height_px) != (info.width_px, info.height_px):
+        raise MessageError(
+            f'image: {width_px}x{height_px} against {info.width_px}x{info.height_px} '
+            'in camera_info'
+        )
+
+
+def _rgb(msg: Any, height_px: int, width_px: int) -> Picture:
+    encoding, step = str(msg.encoding), int(msg.step)
+    rows = np.frombuffer(msg.data, np.uint8, count=step * height_px).reshape(height_px, step)
+    if encoding in YUV or encoding in BAYER:
+        return _converted(rows, encoding, width_px)
+    channels = CHANNELS[encoding]
+    pixels = rows[:, : width_px * channels].reshape(height_px, width_px, channels)
+    if channels == 1:
+        return np.repeat(pixels, 3, axis=2)
+    if encoding.startswith('bgr') or encoding == '8UC3':
+        pixels = pixels[:, :, 2::-1]
+    return np.ascontiguousarray(pixels[:, :, :3])
+
+
+def _converted(rows: UInt8[np.ndarray, 'h step'], encoding: str, width_px: int) -> Picture:
+    import cv2
+
+    if encoding in YUV:
+        if width_px % 2:
+            raise MessageError(f'image: {encoding} needs an even width, not {width_px}')
+        pairs = np.ascontiguousarray(rows[:, : width_px * 2]).reshape(rows.shape[0], width_px, 2)
+        uyvy = encoding in ('yuv422', 'uyvy')
+        code = cv2.COLOR_YUV2RGB_UYVY if uyvy else cv2.COLOR_YUV2RGB_YUY2
+        return cv2.cvtColor(pairs, code)
+    # OpenCV names a Bayer pattern by its second row and column, ROS by its first.
+    code = {
+        'bayer_rggb8': cv2.COLOR_BayerBG2RGB,
+        'bayer_bggr8': cv2.COLOR_BayerRG2RGB,
+        'bayer_gbrg8': cv2.COLOR_BayerGR2RGB,
+        'bayer_grbg8': cv2.COLOR_BayerGB2RGB,
+    }[encoding]
+    if min(rows.shape[0], width_px) < 2:
+        raise MessageError(f'image: {encoding} needs at least 2x2 pixels')
+    return cv2.cvtColor(np.ascontiguousarray(rows[:, :width_px]), code)
+
+
+def _through_cv_bridge(msg: Any) -> Picture | None:
+    try:
+        from cv_bridge import CvBridge, CvBridgeError
+    except ImportError:
+        return None
+    try:
+        picture = CvBridge().imgmsg_to_cv2(msg, desired_encoding='rgb8')
+    except (CvBridgeError, RuntimeError, TypeError) as error:
+        raise MessageError(f'image: cv_bridge refuses it: {error}') from error
+    return np.ascontiguousarray(picture, dtype=np.uint8)
+
+
+def read_compressed_image(
+    msg: Any, camera: str, info: Intrinsics | None = None
+) -> CameraFrame:
+    """A `sensor_msgs/CompressedImage` (JPEG or PNG, colour or grey) as an RGB picture.
+
+    Raises:
+        MessageError: not a picture, a truncated one, or a size against `info`.
+    """
+    import cv2
+
+    data = np.frombuffer(msg.data, np.uint8)
+    jpeg = data[:2].tobytes() == b'\xff\xd8'
+    png = data[:8].tobytes() == b'\x89PNG\r\n\x1a\n'
+    if not (jpeg or png):
+        raise MessageError(f'compressed image: neither JPEG nor PNG ({len(data)} bytes)')
+    # The decoder fills what is missing with grey and says nothing, so the end mark is asked for.
+    tail = data[-64:].tobytes()
+    if (jpeg and b'\xff\xd9' not in tail) or (png and b'IEND' not in tail):
+        kind = 'JPEG' if jpeg else 'PNG'
+        raise MessageError(f'compressed image: truncated {kind} ({len(data)} bytes)')
+    try:
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise MessageError('compressed image: the decoder refuses it') from error
+    if picture is None:
+        raise MessageError('compressed image: damaged, the decoder returns nothing')
+    _check_against_info(picture.shape[1], picture.shape[0], info)
+    return CameraFrame(camera, stamp_ns_of(msg.header), picture)
+
+
+def fit_picture(
+    picture: Picture, info: Intrinsics | None, width_px: int, height_px: int, fov_deg: float
+) -> Picture:
+    """The picture as the model's camera would see it: same axis, own size and field of view.
+
+    With intrinsics the part seen under the model's horizontal field of view is cut out around
+    the principal point; without, the largest centred part of the right shape. What the source
+    does not see is filled with its edge pixels. Neither lens nor mounting differences are undone.
+
+    Args:
+        picture: the source picture.
+        info: its intrinsics, if known.
+        width_px: width of the model's camera.
+        height_px: height of the model's camera.
+        fov_deg: horizontal field of view of the model's camera.
+    """
+    rows, columns = picture.shape[:2]
+    if info is None:
+        if (rows, columns) == (height_px, width_px):
+            return picture
+        scale = min(columns / width_px, rows / height_px)
+        scale_x = scale_y = scale
+        center_x, center_y = columns / 2.0, rows / 2.0
+    else:
+        focal_px = width_px / (2.0 * math.tan(math.radians(fov_deg) / 2.0))
+        scale_x, scale_y = info.focal_x_px / focal_px, info.focal_y_px / focal_px
+        center_x, center_y = info.center_x_px, info.center_y_px
+        centered = abs(center_x - columns / 2.0) <= 1.0 and abs(center_y - rows / 2.0) <= 1.0
+        same_scale = abs(scale_x - 1.0) < 2e-3 and abs(scale_y - 1.0) < 2e-3
+        if (rows, columns) == (height_px, width_px) and centered and same_scale:
+            return picture
+    left = round(center_x - scale_x * width_px / 2.0)
+    right = round(center_x + scale_x * width_px / 2.0)
+    top = round(center_y - scale_y * height_px / 2.0)
+    bottom = round(center_y + scale_y * height_px / 2.0)
+    return _cut_and_resize(picture, (left, right, top, bottom), width_px, height_px)
+
+
+def _cut_and_resize(
+    picture: Picture, box: tuple[int, int, int, int], width_px: int, height_px: int
+) -> Picture:
+    import cv2
+
+    rows, columns = picture.shape[:2]
+    left, right, top, bottom = box
+    inside = picture[
+        min(max(top, 0), rows - 1) : max(min(bottom, rows), 1),
+        min(max(left, 0), columns - 1) : max(min(right, columns), 1),
+    ]
+    padding = (max(-top, 0), max(bottom - rows, 0), max(-left, 0), max(right - columns, 0))
+    if any(padding):
+        inside = cv2.copyMakeBorder(inside, *padding, cv2.BORDER_REPLICATE)
+    shrinks = inside.shape[1] > width_px
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.ascontiguousarray(
+        cv2.resize(inside, (width_px, height_px), interpolation=interpolation)
+    )
