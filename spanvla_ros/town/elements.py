@@ -29,8 +29,9 @@ class GroundPolygon:
 class Patch:
     """A coloured rectangle on one upright face of a box, such as a lamp or a window.
 
-    `left_m` and `right_m` run along the face, positive to the left of the box; `bottom_m` and
-    `top_m` are heights above the ground. A lit patch keeps its colour in any light.
+    `left_m` and `right_m` run along the face: positive to the left of the box on its rear and
+    front, positive forward on its left and right. `bottom_m` and `top_m` are heights above the
+    ground. A lit patch keeps its colour in any light.
     """
 
     face: str
