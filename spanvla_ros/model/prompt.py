@@ -1,0 +1,268 @@
+"""The prompt and the answer as token ids of a static layout.
+
+The prompt is plain text through the `tokenizers` library: pictures first (their places never
+move), then the ego state, past, route and command, then a slot for the last finished reasoning.
+Text of changing length is padded inside its own part, and padding is masked, so that position P-1
+is always the last prompt token. The tiny family has a word-level tokenizer with one word a number.
+
+Paper: SpanVLA 3.1 (inputs: instruction, acceleration, history velocity and trajectory as text;
+answer: reasoning, then one token that starts the action) and Fig. 4 (slow and fast templates).
+Deviations: past speed is carried by the past poses; the last finished reasoning is an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from spanvla_ros.model.checkpoint import write_text
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.types import COMMANDS, MissingExtraError, Observation, SpanvlaError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER_FILE = 'backbone/tokenizer.json'
+ACTION_WORDS = 256
+NUMBER_LOW, NUMBER_HIGH, NUMBER_STEP = -80.0, 99.5, 0.5
+UNKNOWN = '<unk>'
+PADDING = '<|endoftext|>'
+TURN_START, TURN_END = '<|im_start|>', '<|im_end|>'
+IMAGE_START, IMAGE, IMAGE_END = '<|vision_start|>', '<|image_pad|>', '<|vision_end|>'
+THINK, THINK_END, ACTION_START = '<think>', '</think>', '<action_start>'
+SPECIALS = (
+    PADDING, UNKNOWN, TURN_START, TURN_END, IMAGE_START, IMAGE, IMAGE_END,
+    THINK, THINK_END, ACTION_START,
+)  # fmt: skip
+FAST_TEXT = 'directly predict the final action'
+NONE_WORD = 'none'
+WORDS = (
+    'user assistant system speed accel turn past route command thought none '
+    'front front_left front_right left right back back_left back_right rear side wide narrow '
+    'follow straight stop '
+    'lead vehicle pedestrian red green light curve m stopped braking steady crossing waiting '
+    'ahead accelerate maintain decelerate keep lane change ; , because road clear '
+    'directly predict the final action '
+    'car truck bus bicycle cyclist motorcycle child cone barrier construction zone sign yellow '
+    'intersection roundabout crosswalk marking parked oncoming merging cut in cutting out '
+    'adjacent near far slow fast yield give way go wait overtake return lane bias drift '
+    'blocked narrow wet night unprotected traffic emergency animal debris'
+)
+
+
+def action_word(index: int) -> str:
+    """The word of one action token."""
+    return f'<action_{index}>'
+
+
+def number_word(value: float) -> str:
+    """The word of a number: rounded to the 0.5 grid, clipped to its range."""
+    steps = round(min(max(float(value), NUMBER_LOW), NUMBER_HIGH) / NUMBER_STEP)
+    return f'{steps * NUMBER_STEP:g}' if steps else '0'
+
+
+def build_tokenizer() -> Tokenizer:
+    """The word-level tokenizer of the tiny family: marks, actions, numbers, words."""
+    tokenizers = _tokenizers()
+    count = round((NUMBER_HIGH - NUMBER_LOW) / NUMBER_STEP) + 1
+    numbers = [number_word(NUMBER_LOW + NUMBER_STEP * i) for i in range(count)]
+    actions = [action_word(i) for i in range(ACTION_WORDS)]
+    words = list(dict.fromkeys([*SPECIALS, *actions, *numbers, *WORDS.split()]))
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([*SPECIALS, *actions])
+    return tokenizer
+
+
+def write_tokenizer(model_dir: str | Path, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer into a model directory."""
+    path = Path(model_dir) / TOKENIZER_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, tokenizer.to_str(pretty=True))
+
+
+def load_tokenizer(model_dir: str | Path) -> Tokenizer:
+    """Read the tokenizer of a (verified) model directory."""
+    path = Path(model_dir) / TOKENIZER_FILE
+    tokenizers = _tokenizers()
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise SpanvlaError(f'{path}: not a readable tokenizer ({error})') from error
+
+
+def number_tokens(tokenizer: Tokenizer) -> tuple[Int64[np.ndarray, 'n'], Float32[np.ndarray, 'n']]:
+    """Ids and values of all number words, to start their embeddings from their values."""
+    count = round((NUMBER_HIGH - NUMBER_LOW) / NUMBER_STEP) + 1
+    values = NUMBER_LOW + NUMBER_STEP * np.arange(count)
+    ids = [token_id(tokenizer, number_word(value)) for value in values]
+    return np.array(ids, dtype=np.int64), values.astype(np.float32)
+
+
+def token_id(tokenizer: Tokenizer, word: str) -> int:
+    """The id of one word; a tokenizer without it raises `SpanvlaError`."""
+    index = tokenizer.token_to_id(word)
+    if index is None:
+        raise SpanvlaError(f'tokenizer: has no token {word}; add it before training')
+    return int(index)
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+    except ModuleNotFoundError as error:
+        raise MissingExtraError('tokenizers', 'onnx') from error
+    return tokenizers
+
+
+class PromptLayout:
+    """Where each token of the prompt stands, and the way from observations to ids and back."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        """Lay out the static parts; raises `SpanvlaError` where they do not fit P."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.padding_id = token_id(tokenizer, PADDING)
+        self.think_id = token_id(tokenizer, THINK)
+        self.think_end_id = token_id(tokenizer, THINK_END)
+        self.action_start_id = token_id(tokenizer, ACTION_START)
+        self.turn_end_id = token_id(tokenizer, TURN_END)
+        self.action_ids = np.array(
+            [token_id(tokenizer, action_word(i)) for i in range(config.action_tokens)], np.int64
+        )
+        pictures = ' '.join(
+            f'{name} {IMAGE_START} {" ".join([IMAGE] * config.image_tokens)} {IMAGE_END}'
+            for name in config.camera_names
+            for _ in range(config.frames_per_camera)
+        )
+        self._head = self._ids(f'{TURN_START} user\n{pictures}')
+        self._slot_head = self._ids('\nthought')
+        self._tail = self._ids(f'{TURN_END}\n{TURN_START} assistant\n')
+        fixed = len(self._head) + len(self._slot_head) + config.reasoning_slot + len(self._tail)
+        self._state_length = config.prompt_tokens - fixed
+        if self._state_length < 1:
+            raise SpanvlaError(
+                f'prompt: its static parts take {fixed} tokens, prompt_tokens is '
+                f'{config.prompt_tokens}; raise it in config.yaml'
+            )
+        image_id = token_id(tokenizer, IMAGE)
+        self.image_positions: Int64[np.ndarray, 'i'] = np.flatnonzero(self._head == image_id)
+        wanted = len(config.cameras) * config.frames_per_camera * config.image_tokens
+        if len(self.image_positions) != wanted:
+            raise SpanvlaError(f'tokenizer: {IMAGE} is not one token; add it as a special token')
+
+    @property
+    def length(self) -> int:
+        """Static prompt length P."""
+        return self.config.prompt_tokens
+
+    @property
+    def slot(self) -> slice:
+        """Where the last finished reasoning stands."""
+        start = len(self._head) + self._state_length + len(self._slot_head)
+        return slice(start, start + self.config.reasoning_slot)
+
+    def encode(
+        self, observation: Observation
+    ) -> tuple[Int64[np.ndarray, 'p'], Bool[np.ndarray, 'p']]:
+        """Ids of the prompt, and which of them may be attended.
+
+        Masked are padding and the visual tokens of missing pictures; a missing past pose or route
+        point is the word `none`. A reasoning longer than its slot loses its end (its trace).
+        """
+        ids = np.full(self.length, self.padding_id, dtype=np.int64)
+        valid = np.zeros(self.length, dtype=np.bool_)
+        state = self._ids(self._state_text(observation))
+        if len(state) > self._state_length:
+            raise SpanvlaError(
+                f'prompt: the state takes {len(state)} tokens, {self._state_length} are free; '
+                'raise prompt_tokens in config.yaml'
+            )
+        thought = self._ids(observation.reasoning)[: self.config.reasoning_slot]
+        slot = self.slot
+        for start, part in (
+            (0, self._head),
+            (len(self._head), state),
+            (slot.start - len(self._slot_head), self._slot_head),
+            (slot.start, thought),
+            (slot.stop, self._tail),
+        ):
+            ids[start : start + len(part)] = part
+            valid[start : start + len(part)] = True
+        present = [frame is not None for camera in observation.frames for frame in camera]
+        valid[self.image_positions] = np.repeat(present, self.config.image_tokens)
+        return ids, valid
+
+    def _state_text(self, observation: Observation) -> str:
+        ego = observation.ego
+        words = [
+            'speed', number_word(ego.speed_mps),
+            'accel', number_word(ego.accel_mps2),
+            'turn', number_word(np.degrees(ego.yaw_rate_radps)),
+            'past',
+        ]  # fmt: skip
+        for pose, good in zip(observation.history, observation.history_valid, strict=True):
+            x, y, yaw = pose
+            row = [number_word(x), number_word(y), number_word(np.degrees(yaw))]
+            words += row if good else [NONE_WORD] * 3
+        words.append('route')
+        if observation.route is None:
+            words += [NONE_WORD] * (2 * self.config.route_points)
+        else:
+            words += [number_word(value) for value in observation.route.ravel()]
+        if observation.command not in COMMANDS:
+            raise SpanvlaError(
+                f'command {observation.command!r} is not known; use {", ".join(COMMANDS)}'
+            )
+        return '\n' + ' '.join([*words, 'command', observation.command])
+
+    def encode_answer(
+        self, reasoning: str, thinking: str, actions: Sequence[int] | None = None
+    ) -> Int64[np.ndarray, 'a']:
+        """Ids of an answer, slow or fast; without actions it ends at the action start.
+
+        Args:
+            reasoning: the reasoning text of a slow answer.
+            thinking: `slow` or `fast`.
+            actions: action token indices.
+        """
+        text = reasoning if thinking == 'slow' else FAST_TEXT
+        ids = [self.think_id, *self._ids(text), self.think_end_id, self.action_start_id]
+        if actions is not None:
+            ids += [int(self.action_ids[index]) for index in actions] + [self.turn_end_id]
+        return np.array(ids, dtype=np.int64)
+
+    def decode_answer(self, ids: Sequence[int] | Int64[np.ndarray, 'a']) -> str:
+        """The reasoning text of generated ids: what stands between the marks of thinking."""
+        text: list[int] = []
+        for token in ids:
+            if token in (self.think_end_id, self.action_start_id, self.turn_end_id):
+                break
+            if token != self.think_id:
+                text.append(int(token))
+        return str(self.tokenizer.decode(text, skip_special_tokens=True)).strip()
+
+    def decode_actions(self, ids: Sequence[int] | Int64[np.ndarray, 'a']) -> list[int]:
+        """Action token indices among generated ids, in order."""
+        index_of = {int(token): index for index, token in enumerate(self.action_ids)}
+        return [index_of[int(token)] for token in ids if int(token) in index_of]
+
+    def reasoning_mask(self, vocabulary: int) -> Bool[np.ndarray, 'v']:
+        """Which tokens a reasoning may hold: text and its two ends, no action or picture marks."""
+        mask = np.zeros(vocabulary, dtype=np.bool_)
+        mask[: self.tokenizer.get_vocab_size()] = True
+        for word, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            if word.startswith('<') and word.endswith('>') and index < vocabulary:
+                mask[index] = False
+        mask[[self.think_end_id, self.action_start_id]] = True
+        return mask
+
+    def _ids(self, text: str) -> Int64[np.ndarray, 'a']:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""From observations to plans: alignment, model backends, the planner and its reasoner."""

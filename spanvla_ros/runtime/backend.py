@@ -1,0 +1,124 @@
+"""The five functions every engine offers, on numpy arrays of static shape, batch 1.
+
+Sizes: C cameras, K frames a camera, n visual tokens a picture, P prompt tokens, R answer tokens,
+S = P + R, L layers, B bridged layers (every `interval`-th, from layer 0), V vocabulary, T
+waypoints. Keys are stored after their rotary turn. `valid` is 1 for a token that may be attended
+and 0 for one that is masked. The Euler loop, the schedule and sampling belong to the planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from spanvla_ros.model.checkpoint import ModelDirectory, load_model_dir
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.types import MissingExtraError, SpanvlaError
+
+Array = np.ndarray
+
+
+class Backend(Protocol):
+    """One loaded model on one engine; not safe for use from two threads at once."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name, as plans and reports show it."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of the loaded model."""
+
+    def vision(self, pixels: Float32[Array, '1 3 h w']) -> Float32[Array, 'n d']:
+        """Visual tokens of one picture with values in 0..1."""
+
+    def prefill_action(
+        self,
+        ids: Int64[Array, '1 p'],
+        embeds: Float32[Array, 'i d'],
+        valid: Float32[Array, '1 p'],
+    ) -> tuple[Float32[Array, 'b 1 g p e'], Float32[Array, 'b 1 g p e']]:
+        """Keys and values of the bridged layers; `embeds` holds all pictures, [C*K*n, hidden]."""
+
+    def prefill_reason(
+        self,
+        ids: Int64[Array, '1 p'],
+        embeds: Float32[Array, 'i d'],
+        valid: Float32[Array, '1 p'],
+    ) -> tuple[Float32[Array, 'l 1 g p e'], Float32[Array, 'l 1 g p e'], Float32[Array, '1 v']]:
+        """Keys and values of all layers, and the logits after the last prompt token."""
+
+    def decode(
+        self,
+        token: Int64[Array, '1 1'],
+        position: Int64[Array, '1'],
+        keys: Float32[Array, 'l 1 g s e'],
+        values: Float32[Array, 'l 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> tuple[Float32[Array, '1 v'], Float32[Array, 'l 1 g 1 e'], Float32[Array, 'l 1 g 1 e']]:
+        """Logits after one more token at sequence index `position` >= P, and its keys, values."""
+
+    def step(
+        self,
+        x: Float32[Array, '1 t 3'],
+        time: Float32[Array, '1 f'],
+        ego: Float32[Array, '1 m'],
+        keys: Float32[Array, 'b 1 g s e'],
+        values: Float32[Array, 'b 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> Float32[Array, '1 t 3']:
+        """Velocity of the flow at normalised trajectory `x`."""
+
+
+def _load_onnxruntime(directory: ModelDirectory) -> Backend:
+    from spanvla_ros.runtime.onnx_ import OnnxBackend
+
+    return OnnxBackend(directory)
+
+
+def _load_torch(directory: ModelDirectory) -> Backend:
+    try:
+        from spanvla_ros.runtime.torch_ import TorchBackend
+    except ModuleNotFoundError as error:
+        if (error.name or '').split('.')[0] in ('torch', 'transformers'):
+            raise MissingExtraError(str(error.name), 'train') from error
+        raise
+    return TorchBackend(directory)
+
+
+LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
+    'onnxruntime': _load_onnxruntime,
+    'torch': _load_torch,
+}
+
+
+def open_backend(model_dir: str | Path, name: str = 'auto') -> Backend:
+    """Verify a model directory and load it on an engine.
+
+    Args:
+        model_dir: the model directory.
+        name: `onnxruntime`, `torch`, or `auto`: ONNX Runtime where the directory holds graphs
+            and the library is installed, else torch.
+
+    Raises:
+        SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.
+    """
+    if name != 'auto' and name not in LOADERS:
+        raise SpanvlaError(f'backend {name!r} is not known; use auto, {", ".join(LOADERS)}')
+    directory = load_model_dir(model_dir)
+    if name != 'auto':
+        return LOADERS[name](directory)
+    if directory.has_graphs:
+        try:
+            return _load_onnxruntime(directory)
+        except MissingExtraError:
+            try:
+                return _load_torch(directory)
+            except MissingExtraError:
+                pass
+            raise
+    return _load_torch(directory)
