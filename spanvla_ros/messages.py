@@ -221,7 +221,8 @@ def fit_picture(
     else:
         focal_px = width_px / (2.0 * math.tan(math.radians(fov_deg) / 2.0))
         scale_x, scale_y = info.focal_x_px / focal_px, info.focal_y_px / focal_px
-        center_x, center_y = info.center_x_px, info.center_y_px
+        # Edges of pixels are counted here, their middles in camera_info.
+        center_x, center_y = info.center_x_px + 0.5, info.center_y_px + 0.5
         centered = abs(center_x - columns / 2.0) <= 1.0 and abs(center_y - rows / 2.0) <= 1.0
         same_scale = abs(scale_x - 1.0) < 2e-3 and abs(scale_y - 1.0) < 2e-3
         if (rows, columns) == (height_px, width_px) and centered and same_scale:

@@ -1,0 +1,125 @@
+"""What a node says about itself on `/diagnostics`: its inputs, its stages, its faults."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.node import Node
+
+OK, WARN, ERROR, STALE = (
+    DiagnosticStatus.OK,
+    DiagnosticStatus.WARN,
+    DiagnosticStatus.ERROR,
+    DiagnosticStatus.STALE,
+)
+# A fault is shown this long, so that a reader at 1 Hz cannot miss one that lasted a frame.
+FAULT_SHOWN_S = 5.0
+
+
+class InputMeter:
+    """Rate, age, drops and faults of one input."""
+
+    def __init__(self, name: str, timeout_s: float, *, required: bool = True) -> None:
+        """Name the input; older than `timeout_s` it is stale, a fault only if `required`."""
+        self.name = name
+        self.timeout_s = timeout_s
+        self.required = required
+        self.received = 0
+        self.dropped = 0
+        self._arrivals_ns: deque[int] = deque(maxlen=60)
+        self._stamp_ns: int | None = None
+        self._fault = ''
+        self._fault_ns = 0
+        self._faults: Counter[str] = Counter()
+
+    def arrived(self, now_ns: int, stamp_ns: int | None = None) -> None:
+        """Count one good message, received at `now_ns`, made at `stamp_ns`."""
+        self.received += 1
+        self._arrivals_ns.append(now_ns)
+        self._stamp_ns = stamp_ns
+
+    def fault(self, now_ns: int, reason: str) -> None:
+        """Remember why a message was refused."""
+        self._fault, self._fault_ns = reason, now_ns
+        self._faults[reason.split(':')[0]] += 1
+
+    def status(self, now_ns: int) -> DiagnosticStatus:
+        """The input's line: ERROR after a refusal, STALE without messages, else OK."""
+        arrivals = [ns for ns in self._arrivals_ns if now_ns - ns < 5_000_000_000]
+        rate_hz = (len(arrivals) - 1) / max((arrivals[-1] - arrivals[0]) / 1e9, 1e-6) if (
+            len(arrivals) > 1
+        ) else 0.0
+        values = {
+            'received': str(self.received),
+            'dropped': str(self.dropped),
+            'rate_hz': f'{rate_hz:.1f}',
+            'refused': str(sum(self._faults.values())),
+        }
+        if self._stamp_ns is not None and self._arrivals_ns:
+            values['age_ms'] = f'{(self._arrivals_ns[-1] - self._stamp_ns) / 1e6:.1f}'
+        if self._fault and now_ns - self._fault_ns < FAULT_SHOWN_S * 1e9:
+            return status(self.name, ERROR, self._fault, values)
+        if not self._arrivals_ns:
+            level = WARN if self.required else OK
+            return status(self.name, level, 'nothing received yet', values)
+        silent_s = (now_ns - self._arrivals_ns[-1]) / 1e9
+        if self.required and silent_s > self.timeout_s:
+            return status(self.name, STALE, f'silent for {silent_s:.1f} s', values)
+        return status(self.name, OK, 'ok', values)
+
+
+class StageMeter:
+    """Running p50 and p99 of named durations over the last 200 runs."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._stages_ms: dict[str, deque[float]] = {}
+
+    def add(self, stages_ms: Mapping[str, float]) -> None:
+        """Take the durations of one run."""
+        for name, duration_ms in stages_ms.items():
+            self._stages_ms.setdefault(name, deque(maxlen=200)).append(duration_ms)
+
+    def values(self) -> dict[str, str]:
+        """`<stage>_p50` and `<stage>_p99`, in milliseconds as text."""
+        content = {}
+        for name, durations_ms in self._stages_ms.items():
+            p50, p99 = np.percentile(np.array(durations_ms), [50, 99])
+            content[f'{name}_p50'] = f'{p50:.1f}'
+            content[f'{name}_p99'] = f'{p99:.1f}'
+        return content
+
+
+def status(
+    name: str, level: bytes, message: str, values: Mapping[str, str] | None = None
+) -> DiagnosticStatus:
+    """One diagnostic line."""
+    return DiagnosticStatus(
+        level=level,
+        name=name,
+        message=message,
+        values=[KeyValue(key=key, value=value) for key, value in (values or {}).items()],
+    )
+
+
+class DiagnosticsPublisher:
+    """Publishes diagnostic lines on `/diagnostics`, each named after its node."""
+
+    def __init__(self, node: Node) -> None:
+        """Publish in the name of `node`."""
+        self._node = node
+        self._publisher = node.create_publisher(DiagnosticArray, '/diagnostics', 10)
+
+    def publish(self, lines: Iterable[DiagnosticStatus]) -> None:
+        """Send the lines with the present stamp."""
+        message = DiagnosticArray()
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        prefix = self._node.get_fully_qualified_name().lstrip('/')
+        for line in lines:
+            line.name = f'{prefix}: {line.name}'
+            line.hardware_id = 'spanvla'
+            message.status.append(line)
+        self._publisher.publish(message)

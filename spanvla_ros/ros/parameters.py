@@ -1,0 +1,131 @@
+"""Node parameters: one frozen dataclass a node is the only place a parameter is written.
+
+`declare` turns its fields into declared ROS parameters with description and range, and reads the
+values given by launch or YAML back into an instance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.node import Node
+
+from spanvla_ros.types import SCHEDULES, SpanvlaError
+
+Settings = TypeVar('Settings')
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that is a parameter: default, description, bounds or allowed words."""
+    metadata = {'text': text, 'low': low, 'high': high, 'choices': choices}
+    return field(default=default, metadata=metadata)
+
+
+def declare(node: Node, kind: type[Settings]) -> Settings:
+    """Declare every field of `kind` on `node` and return the values given.
+
+    Raises:
+        SpanvlaError: a value of the wrong type, out of its range or not an allowed word.
+    """
+    values = {}
+    for entry in fields(kind):  # type: ignore[arg-type]
+        try:
+            node.declare_parameter(entry.name, entry.default, _descriptor(entry))
+        except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+            raise SpanvlaError(f'{node.get_name()}: parameter {entry.name}: {error}') from error
+        value = node.get_parameter(entry.name).value
+        choices = entry.metadata['choices']
+        if choices and value not in choices:
+            raise SpanvlaError(
+                f'{node.get_name()}: parameter {entry.name} is {value!r}; '
+                f'choose from {", ".join(choices)}'
+            )
+        values[entry.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _descriptor(entry: Any) -> ParameterDescriptor:
+    text, low, high = (entry.metadata[key] for key in ('text', 'low', 'high'))
+    descriptor = ParameterDescriptor(description=text, read_only=True)
+    if low is None or high is None:
+        return descriptor
+    if isinstance(entry.default, float):
+        descriptor.floating_point_range = [
+            FloatingPointRange(from_value=float(low), to_value=float(high))
+        ]
+    else:
+        descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
+    return descriptor
+
+
+@dataclass(frozen=True)
+class PlannerSettings:
+    """Parameters of the planner node."""
+
+    model_dir: str = setting('models/town', 'model directory, verified against its manifest')
+    backend: str = setting(
+        'auto', 'inference backend', choices=('auto', 'onnxruntime', 'torch', 'tensorrt')
+    )
+    schedule: str = setting(
+        'model', 'reasoning schedule; model takes the default of the model',
+        choices=('model', *SCHEDULES),
+    )
+    steps: int = setting(0, 'flow steps; 0 takes the default of the model', low=0, high=100)
+    autostart: bool = setting(True, 'configure and activate without a lifecycle manager')
+    camera_topics: tuple[str, ...] = setting(
+        ('',), 'pairs camera=topic that replace input/<camera>/image'
+    )
+    use_cv_bridge: bool = setting(False, 'convert raw images with cv_bridge where installed')
+    sync_wait_ms: float = setting(
+        8.0, 'how long the other cameras are waited for after the anchor image', low=0.0, high=100.0
+    )
+    reason_slice_ms: float = setting(
+        10.0, 'longest slice of reasoning between frames', low=1.0, high=50.0
+    )
+    overlay_hz: float = setting(2.0, 'rate of the overlay picture; 0 is off', low=0.0, high=30.0)
+    warm_up_runs: int = setting(3, 'plans made and thrown away in configure', low=0, high=20)
+    input_timeout_s: float = setting(
+        0.5, 'an input older than this is reported as stale', low=0.05, high=60.0
+    )
+
+
+@dataclass(frozen=True)
+class RecorderSettings:
+    """Parameters of the recorder node."""
+
+    out: str = setting('drive.mcap', 'file to write; an existing one is not touched')
+    cameras: tuple[str, ...] = setting(
+        ('front', 'front_left', 'front_right'), 'cameras whose pictures are recorded'
+    )
+    record_images: bool = setting(True, 'record camera pictures')
+    flush_s: float = setting(0.5, 'most that a kill may lose', low=0.05, high=10.0)
+    incident_s: float = setting(20.0, 'length of what save_incident keeps', low=1.0, high=120.0)
+    incident_mb: int = setting(128, 'memory for what save_incident keeps', low=1, high=4096)
+    incident_dir: str = setting('incidents', 'folder for saved incidents')
+
+
+@dataclass(frozen=True)
+class TownSettings:
+    """Parameters of the town node."""
+
+    scenario: str = setting('mix', 'scenario family')
+    seed: int = setting(0, 'seed of the world', low=0, high=2**31 - 1)
+    camera_hz: float = setting(15.0, 'pictures a second and camera', low=1.0, high=60.0)
+    image_transport: str = setting('raw', 'form of the pictures', choices=('raw', 'compressed'))
+    vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
+    wait_for_driver: bool = setting(
+        True, 'hold the world still until the first command that moves the car'
+    )
+    command_timeout_s: float = setting(
+        0.5, 'without a command for this long the car brakes by itself', low=0.05, high=5.0
+    )

@@ -1,0 +1,83 @@
+"""The life of one node process: start, spin, stop on a signal, never hang at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import rclpy
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+
+from spanvla_ros.types import SpanvlaError
+
+HARD_EXIT_S = 5.0
+
+
+class ClosableNode(Protocol):
+    """A node with something of its own to stop before it is destroyed."""
+
+    def close(self) -> None:
+        """Stop threads and files; called once, before the node is destroyed."""
+
+
+def run_node(make: Callable[[], Node]) -> int:
+    """Make a node, spin it until SIGINT or SIGTERM, stop it; returns the exit status.
+
+    A second signal during shutdown is ignored, and a shutdown that hangs is cut after
+    `HARD_EXIT_S`: a middleware blocked in its own locks would otherwise outlive the drive.
+    """
+    stopping = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if not stopping.is_set():
+            stopping.set()
+            _arm_hard_exit()
+
+    rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
+    executor = SingleThreadedExecutor()
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    node: Node | None = None
+    status = 0
+    try:
+        node = make()
+        executor.add_node(node)
+        while rclpy.ok() and not stopping.is_set():
+            executor.spin_once(timeout_sec=0.2)
+    except SpanvlaError as error:
+        print(error, file=sys.stderr, flush=True)
+        status = 2
+    except ExternalShutdownException:
+        pass
+    finally:
+        stopping.set()
+        _close(node)
+    return status
+
+
+def _arm_hard_exit() -> None:
+    def leave() -> None:
+        os._exit(1)
+
+    timer = threading.Timer(HARD_EXIT_S, leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _close(node: Node | None) -> None:
+    try:
+        if node is not None:
+            close = getattr(node, 'close', None)
+            if close is not None:
+                close()
+            node.destroy_node()
+        rclpy.try_shutdown()
+    except Exception as error:
+        print(f'shutdown: {type(error).__name__}: {error}', file=sys.stderr, flush=True)

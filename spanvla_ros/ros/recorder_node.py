@@ -1,0 +1,178 @@
+"""The recorder: raw messages into one MCAP file, written off everybody's hot path.
+
+Messages are never deserialized here. They carry the time at which the middleware received them,
+not the time at which Python got round to them, so that gaps measured from the file are the
+publisher's.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import AccelWithCovarianceStamped, Twist
+from nav_msgs.msg import Odometry
+from nav_msgs.msg import Path as PathMessage
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Bool, String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import MultiDOFJointTrajectory
+from visualization_msgs.msg import MarkerArray
+
+from spanvla_ros.ros.bag_file import BagFile
+from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, status
+from spanvla_ros.ros.parameters import RecorderSettings, declare
+from spanvla_ros.ros.process import run_node
+
+BEST_EFFORT = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
+RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(
+    depth=10,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
+TOPICS: tuple[tuple[str, type, tuple[QoSProfile, ...]], ...] = (
+    ('input/odometry', Odometry, (BEST_EFFORT,)),
+    ('input/acceleration', AccelWithCovarianceStamped, (BEST_EFFORT,)),
+    ('input/route', PathMessage, (LATCHED, RELIABLE)),
+    ('input/command', String, (RELIABLE,)),
+    ('input/engaged', Bool, (RELIABLE,)),
+    ('plan', String, (RELIABLE,)),
+    ('output/trajectory', MultiDOFJointTrajectory, (RELIABLE,)),
+    ('output/path', PathMessage, (RELIABLE,)),
+    ('output/markers', MarkerArray, (RELIABLE,)),
+    ('output/overlay/compressed', CompressedImage, (RELIABLE,)),
+    ('output/state', String, (LATCHED,)),
+    ('output/reasoning', String, (RELIABLE,)),
+    ('output/twist', Twist, (RELIABLE,)),
+    ('town/scene', String, (RELIABLE,)),
+    ('/diagnostics', DiagnosticArray, (RELIABLE,)),
+)
+
+
+class RecorderNode(Node):
+    """Records the driving topics, node name `recorder`."""
+
+    def __init__(self) -> None:
+        """Open the file, subscribe, start the writing thread."""
+        super().__init__('recorder')
+        self.settings = declare(self, RecorderSettings)
+        self._file = BagFile(self.settings.out)
+        self._queue: queue.Queue[tuple[str, str, int, bytes] | Path | None] = queue.Queue()
+        self._ring: deque[tuple[str, str, int, bytes]] = deque()
+        self._ring_bytes = 0
+        self._written = 0
+        self._fault = ''
+        self._latest_latched: dict[str, bytes] = {}
+        for topic, kind, profiles in TOPICS:
+            self._record(topic, kind, profiles)
+        for camera in self.settings.cameras:
+            self._record(f'input/{camera}/camera_info', CameraInfo, (BEST_EFFORT,))
+            if self.settings.record_images:
+                self._record(f'input/{camera}/image', Image, (BEST_EFFORT,))
+                self._record(
+                    f'input/{camera}/image/compressed', CompressedImage, (BEST_EFFORT,)
+                )
+        self.create_service(Trigger, '~/save_incident', self._on_save_incident)
+        self._diagnostics = DiagnosticsPublisher(self)
+        self.create_timer(1.0, self._publish_diagnostics)
+        self._thread = threading.Thread(target=self._run_writer, name='writer', daemon=True)
+        self._thread.start()
+
+    def _record(self, topic: str, kind: type, profiles: tuple[QoSProfile, ...]) -> None:
+        name = self.resolve_topic_name(topic)
+        package = kind.__module__.split('.')[0]
+        take = self._taker(name, f'{package}/msg/{kind.__name__}', twice=len(profiles) > 1)
+        for profile in profiles:
+            self.create_subscription(kind, topic, take, profile, raw=True)
+
+    def _taker(self, topic: str, kind: str, *, twice: bool) -> Callable[..., None]:
+        def take(data: bytes, info: dict[str, int]) -> None:
+            # A latched publisher answers both a latched and a volatile subscription.
+            if twice:
+                if self._latest_latched.get(topic) == data:
+                    return
+                self._latest_latched[topic] = data
+            stamp_ns = int(info.get('received_timestamp') or 0) or time.time_ns()
+            self._queue.put((topic, kind, stamp_ns, data))
+
+        return take
+
+    def _run_writer(self) -> None:
+        flushed_s = time.monotonic()
+        while True:
+            try:
+                item = self._queue.get(timeout=self.settings.flush_s)
+                if item is None:
+                    return
+                if isinstance(item, Path):
+                    self._write_incident(item)
+                else:
+                    self._write(item)
+                if time.monotonic() - flushed_s >= self.settings.flush_s:
+                    self._file.flush()
+                    flushed_s = time.monotonic()
+            except queue.Empty:
+                self._file.flush()
+            except OSError as error:
+                # A full disk must not end the process: the diagnostics say it, driving goes on.
+                self._fault = f'writing failed: {error}'
+
+    def _write(self, item: tuple[str, str, int, bytes]) -> None:
+        self._file.write(*item)
+        self._written += 1
+        self._ring.append(item)
+        self._ring_bytes += len(item[3])
+        oldest_ns = item[2] - round(self.settings.incident_s * 1e9)
+        limit_bytes = self.settings.incident_mb * 2**20
+        while self._ring[0][2] < oldest_ns or self._ring_bytes > limit_bytes:
+            self._ring_bytes -= len(self._ring.popleft()[3])
+
+    def _write_incident(self, path: Path) -> None:
+        incident = BagFile(path)
+        for item in self._ring:
+            incident.write(*item)
+        incident.close()
+        self.get_logger().info(f'incident saved: {path}')
+
+    def _on_save_incident(
+        self, _request: Trigger.Request, response: Trigger.Response
+    ) -> Trigger.Response:
+        folder = Path(self.settings.incident_dir)
+        path = folder / f'incident_{time.time_ns()}.mcap'
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            response.success, response.message = False, f'{folder}: {error}'
+            return response
+        self._queue.put(path)
+        response.success, response.message = True, str(path)
+        return response
+
+    def _publish_diagnostics(self) -> None:
+        values = {'messages': str(self._written), 'waiting': str(self._queue.qsize())}
+        level, text = (ERROR, self._fault) if self._fault else (OK, 'ok')
+        self._diagnostics.publish([status('file', level, text, values)])
+
+    def close(self) -> None:
+        """Write what is queued, then the index."""
+        self._queue.put(None)
+        self._thread.join(timeout=4.0)
+        self._file.close()
+
+
+def main() -> int:
+    """Record until a signal."""
+    return run_node(RecorderNode)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""The town in real time: cameras, odometry and route out, a twist in.
+
+Physics runs in its own thread on a drift-free clock whose step divides the camera period, so that
+every exposure falls on a step. Drawing runs in a second thread and takes the newest exposure:
+a slow picture is lost, it never delays the car.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from geometry_msgs.msg import PoseStamped, Twist
+from nav_msgs.msg import Odometry, Path
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.time import Time
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import String
+
+from spanvla_ros.model.config import TOWN_CAMERAS, CameraSpec
+from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, StageMeter, status
+from spanvla_ros.ros.parameters import TownSettings, declare
+from spanvla_ros.ros.process import run_node
+from spanvla_ros.scoring.scene import scene_to_json
+from spanvla_ros.town.camera import Renderer, camera_matrix
+from spanvla_ros.town.elements import Box, Tint
+from spanvla_ros.town.scenarios import make_world, ranges_sha256
+from spanvla_ros.types import DriveCommand, EgoState, Vehicle
+
+ODOMETRY_HZ = 50.0
+SCENE_PERIOD_S = 0.1
+MAP_PERIOD_S = 1.0
+MOVING_MPS = 0.05
+# A step that comes later than this is a stalled machine: the clock slips instead of racing.
+MAX_LAG_S = 0.25
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What all cameras see at one instant."""
+
+    stamp_ns: int
+    pose: np.ndarray
+    boxes: tuple[Box, ...]
+    tint: Tint
+
+
+class TownNode(Node):
+    """Real-time town, node name `town`."""
+
+    def __init__(self) -> None:
+        """Make the world and start its two threads."""
+        super().__init__('town')
+        self.settings = settings = declare(self, TownSettings)
+        vehicle = Vehicle.load(settings.vehicle_file) if settings.vehicle_file else Vehicle()
+        self.vehicle = vehicle
+        self.world = make_world(settings.scenario, settings.seed)
+        self.cameras = TOWN_CAMERAS
+        self._stop = threading.Event()
+        self._command: tuple[Twist, float] | None = None
+        self._moving = not settings.wait_for_driver
+        self._late_steps = 0
+        self._undrawn = 0
+        self._meter = StageMeter()
+        self._exposures: queue.Queue[Exposure] = queue.Queue(maxsize=1)
+        self._make_topics()
+        self._steps_per_exposure = math.ceil(ODOMETRY_HZ / settings.camera_hz)
+        self.step_s = 1.0 / (settings.camera_hz * self._steps_per_exposure)
+        self._threads = [
+            threading.Thread(target=self._run_physics, name='physics', daemon=True),
+            threading.Thread(target=self._run_camera, name='camera', daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _make_topics(self) -> None:
+        latched = QoSProfile(
+            depth=1,
+            reliability=ReliabilityPolicy.RELIABLE,
+            durability=DurabilityPolicy.TRANSIENT_LOCAL,
+        )
+        self._odometry = self.create_publisher(Odometry, 'input/odometry', 50)
+        self._route = self.create_publisher(Path, 'input/route', latched)
+        self._scene = self.create_publisher(String, 'town/scene', 10)
+        self._status = self.create_publisher(String, 'town/status', latched)
+        kind = CompressedImage if self.settings.image_transport == 'compressed' else Image
+        tail = '/compressed' if kind is CompressedImage else ''
+        self._images = {}
+        self._infos = {}
+        for camera in self.cameras:
+            base = f'input/{camera.name}'
+            self._images[camera.name] = self.create_publisher(kind, f'{base}/image{tail}', 5)
+            self._infos[camera.name] = self.create_publisher(CameraInfo, f'{base}/camera_info', 5)
+        self.create_subscription(Twist, 'output/twist', self._on_twist, 1)
+        self._diagnostics = DiagnosticsPublisher(self)
+        self.create_timer(1.0, self._publish_diagnostics)
+
+    def _on_twist(self, message: Twist) -> None:
+        if not (math.isfinite(message.linear.x) and math.isfinite(message.angular.z)):
+            return
+        self._command = (message, time.monotonic())
+        if message.linear.x > MOVING_MPS:
+            self._moving = True
+
+    def _publish_diagnostics(self) -> None:
+        values = {
+            'scenario': self.settings.scenario,
+            'seed': str(self.settings.seed),
+            'late_steps': str(self._late_steps),
+            'undrawn_exposures': str(self._undrawn),
+            **self._meter.values(),
+        }
+        level, text = (OK, 'ok') if self._moving else (WARN, 'waiting for the driver')
+        self._diagnostics.publish([status('world', level, text, values)])
+
+    # Physics thread.
+
+    def _run_physics(self) -> None:
+        route_message = self._route_message()
+        self._route.publish(route_message)
+        start_ns = self.get_clock().now().nanoseconds
+        start_s = time.monotonic()
+        step, ego_stamp_ns = 0, start_ns
+        scene_s = map_s = status_s = -math.inf
+        while not self._stop.is_set():
+            elapsed_s = step * self.step_s
+            wait_s = start_s + elapsed_s - time.monotonic()
+            if wait_s > 0:
+                time.sleep(wait_s)
+            elif -wait_s > MAX_LAG_S:
+                self._late_steps += 1
+                start_s -= wait_s
+                start_ns -= round(wait_s * 1e9)
+            ego_stamp_ns = start_ns + round(elapsed_s * 1e9)
+            if step and self._moving and not self.world.finished:
+                self.world.step(self._drive_command(), self.step_s)
+            self._odometry.publish(self._odometry_message(self.world.ego, ego_stamp_ns))
+            if step % self._steps_per_exposure == 0:
+                self._expose(ego_stamp_ns)
+            if elapsed_s - scene_s >= SCENE_PERIOD_S - 0.5 * self.step_s:
+                with_map = elapsed_s - map_s >= MAP_PERIOD_S - 0.5 * self.step_s
+                self._publish_scene(ego_stamp_ns, with_map=with_map)
+                scene_s, map_s = elapsed_s, elapsed_s if with_map else map_s
+            if elapsed_s - status_s >= 0.5 or self.world.finished:
+                self._publish_status()
+                status_s = elapsed_s
+            if self.world.finished:
+                self._publish_scene(ego_stamp_ns, with_map=True)
+                self._stop.wait(0.5)
+            step += 1
+
+    def _drive_command(self) -> DriveCommand:
+        limit = self.vehicle
+        command = self._command
+        ego = self.world.ego
+        if command is None or time.monotonic() - command[1] > self.settings.command_timeout_s:
+            return DriveCommand(0.0, 0.0, -limit.max_decel_mps2, 0.0, True, 'no command')
+        twist = command[0]
+        speed_mps, yaw_rate_radps = float(twist.linear.x), float(twist.angular.z)
+        curvature = yaw_rate_radps / max(abs(speed_mps), abs(ego.speed_mps), 0.5)
+        accel_mps2 = min(
+            max((speed_mps - ego.speed_mps) / 0.2, -limit.max_decel_mps2), limit.max_accel_mps2
+        )
+        steering_rad = math.atan(limit.wheelbase_m * curvature)
+        braking = speed_mps <= 0.0
+        return DriveCommand(speed_mps, yaw_rate_radps, accel_mps2, steering_rad, braking)
+
+    def _expose(self, stamp_ns: int) -> None:
+        ego = self.world.ego
+        exposure = Exposure(stamp_ns, ego.pose, tuple(self.world.boxes()), self.world.tint)
+        try:
+            self._exposures.put_nowait(exposure)
+        except queue.Full:
+            self._undrawn += 1
+
+    def _odometry_message(self, ego: EgoState, stamp_ns: int) -> Odometry:
+        message = Odometry()
+        message.header.stamp = Time(nanoseconds=stamp_ns).to_msg()
+        message.header.frame_id = 'odom'
+        message.child_frame_id = 'base_link'
+        pose = message.pose.pose
+        pose.position.x, pose.position.y = float(ego.x_m), float(ego.y_m)
+        pose.orientation.z = math.sin(ego.yaw_rad / 2.0)
+        pose.orientation.w = math.cos(ego.yaw_rad / 2.0)
+        held = not self._moving
+        message.twist.twist.linear.x = float(ego.speed_mps)
+        message.twist.twist.angular.z = 0.0 if held else float(ego.yaw_rate_radps)
+        return message
+
+    def _route_message(self) -> Path:
+        route = self.world.route()
+        message = Path()
+        message.header.frame_id = 'odom'
+        message.header.stamp = self.get_clock().now().to_msg()
+        for x_m, y_m in route.points:
+            pose = PoseStamped()
+            pose.header = message.header
+            pose.pose.position.x, pose.pose.position.y = float(x_m), float(y_m)
+            pose.pose.orientation.w = 1.0
+            message.poses.append(pose)
+        return message
+
+    def _publish_scene(self, stamp_ns: int, *, with_map: bool) -> None:
+        outcome = self.world.outcome()
+        content = scene_to_json(self.world.scene())
+        if not with_map:
+            content['map'] = None
+        content['town'] = {
+            'stamp_ns': stamp_ns,
+            'time_s': self.world.time_s,
+            'moving': self._moving,
+            'scenario': self.settings.scenario,
+            'seed': self.settings.seed,
+            'scenario_ranges_sha256': ranges_sha256(),
+            'collided': bool(outcome.collided),
+            'offroad_m': float(outcome.offroad_m),
+            'red_lights_run': int(outcome.red_lights_run),
+            'completion': float(outcome.completion),
+            'distance_m': float(outcome.distance_m),
+            'finished': bool(self.world.finished),
+        }
+        self._scene.publish(String(data=json.dumps(content, allow_nan=False)))
+
+    def _publish_status(self) -> None:
+        ego = self.world.ego
+        content = {
+            'time_s': round(self.world.time_s, 2),
+            'moving': self._moving,
+            'speed_mps': round(float(ego.speed_mps), 2),
+            'distance_m': round(float(self.world.outcome().distance_m), 1),
+            'finished': bool(self.world.finished),
+        }
+        self._status.publish(String(data=json.dumps(content)))
+
+    # Camera thread.
+
+    def _run_camera(self) -> None:
+        renderer = Renderer(self.cameras)
+        ground = self.world.ground()
+        while not self._stop.is_set():
+            try:
+                exposure = self._exposures.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            begin_s = time.perf_counter()
+            pictures = renderer.draw(ground, exposure.boxes, exposure.tint, exposure.pose)
+            drawn_s = time.perf_counter()
+            for camera, picture in zip(self.cameras, pictures, strict=True):
+                self._publish_picture(camera, picture, exposure.stamp_ns)
+            self._meter.add(
+                {
+                    'draw_ms': (drawn_s - begin_s) * 1e3,
+                    'publish_ms': (time.perf_counter() - drawn_s) * 1e3,
+                }
+            )
+
+    def _publish_picture(self, camera: CameraSpec, picture: np.ndarray, stamp_ns: int) -> None:
+        stamp = Time(nanoseconds=stamp_ns).to_msg()
+        frame_id = f'{camera.name}_optical_frame'
+        info = camera_info_message(camera)
+        info.header.stamp, info.header.frame_id = stamp, frame_id
+        self._infos[camera.name].publish(info)
+        if self.settings.image_transport == 'compressed':
+            _, jpeg = cv2.imencode('.jpg', picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            message = CompressedImage(format='jpeg')
+            message.data.frombytes(jpeg.tobytes())
+        else:
+            message = Image(
+                height=camera.height_px,
+                width=camera.width_px,
+                encoding='rgb8',
+                step=camera.width_px * 3,
+            )
+            message.data.frombytes(picture.tobytes())
+        message.header.stamp, message.header.frame_id = stamp, frame_id
+        self._images[camera.name].publish(message)
+
+    def close(self) -> None:
+        """Stop both threads."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+
+def camera_info_message(camera: CameraSpec) -> CameraInfo:
+    """The `CameraInfo` of a drawn camera: a pinhole without distortion."""
+    matrix = camera_matrix(camera)
+    info = CameraInfo(height=camera.height_px, width=camera.width_px)
+    info.distortion_model = 'plumb_bob'
+    info.d = [0.0] * 5
+    info.k = matrix.ravel().tolist()
+    info.r = np.eye(3).ravel().tolist()
+    info.p = np.hstack([matrix, np.zeros((3, 1))]).ravel().tolist()
+    return info
+
+
+def main() -> int:
+    """Run the town until a signal."""
+    cv2.setNumThreads(1)
+    return run_node(TownNode)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
