@@ -30,6 +30,8 @@ SHIFT = 4
 # Fills are clipped a little outside the view: the edge of the cut must not be seen.
 SIDE_MARGIN = 1.25
 
+Outline = np.ndarray
+
 
 @dataclass(frozen=True)
 class View:
@@ -78,7 +80,7 @@ def view_of(camera: CameraSpec, base_link_pose: ArrayLike = (0.0, 0.0, 0.0)) -> 
 
 def project(
     points_base_link: ArrayLike, camera: CameraSpec
-) -> tuple[Float64[np.ndarray, 'n 2'], Bool[np.ndarray, 'n']]:
+) -> tuple[Float64[np.ndarray, 'n 2'], Bool[np.ndarray, ' n']]:
     """Pixels of points given in `base_link`, and which of them lie in front of the camera.
 
     Args:
@@ -231,7 +233,7 @@ def _outlines(polygons: Polygons, view: View) -> list[Outline]:
     """Each polygon's corners in fixed-point pixels, as OpenCV's fills take them."""
     corners = np.rint(_pixels(view, polygons.points) * (1 << SHIFT)).astype(np.int32)
     start = polygons.start.tolist()
-    return [corners[i:j] for i, j in zip(start, [*start[1:], len(corners)], strict=True)]
+    return [corners[i:j] for i, j in zip(start, [*start, len(corners)][1:], strict=True)]
 
 
 def _horizon_row(camera: CameraSpec) -> int:

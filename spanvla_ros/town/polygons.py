@@ -19,11 +19,11 @@ class Polygons:
     """
 
     points: Float64[np.ndarray, 'n 3']
-    start: Int64[np.ndarray, 'p']
+    start: Int64[np.ndarray, ' p']
     colors: Float64[np.ndarray, 'p 3']
-    class_ids: Int64[np.ndarray, 'p']
-    convex: Bool[np.ndarray, 'p']
-    lit: Bool[np.ndarray, 'p']
+    class_ids: Int64[np.ndarray, ' p']
+    convex: Bool[np.ndarray, ' p']
+    lit: Bool[np.ndarray, ' p']
 
 
 def pack_ground(ground: Sequence[GroundPolygon]) -> Polygons:
@@ -43,7 +43,7 @@ def pack_ground(ground: Sequence[GroundPolygon]) -> Polygons:
 
 
 def select(
-    polygons: Polygons, points: Float64[np.ndarray, 'n 3'], keep: Bool[np.ndarray, 'p']
+    polygons: Polygons, points: Float64[np.ndarray, 'n 3'], keep: Bool[np.ndarray, ' p']
 ) -> Polygons:
     """The polygons of `keep`, their points taken from `points` (the same corners, elsewhere)."""
     counts = np.diff(np.append(polygons.start, len(polygons.points)))
@@ -98,14 +98,14 @@ def _rebuilt(
     )
 
 
-def _following(count: int, start: Int64[np.ndarray, 'p']) -> Int64[np.ndarray, 'n']:
+def _following(count: int, start: Int64[np.ndarray, ' p']) -> Int64[np.ndarray, ' n']:
     """The index of the next corner round each corner's own polygon."""
     following = np.arange(1, count + 1)
     following[np.append(start[1:], count) - 1] = start
     return following
 
 
-def _convex(points: Float64[np.ndarray, 'n 2'], start: Int64[np.ndarray, 'p']) -> np.ndarray:
+def _convex(points: Float64[np.ndarray, 'n 2'], start: Int64[np.ndarray, ' p']) -> np.ndarray:
     if not len(start):
         return np.zeros(0, dtype=bool)
     following = _following(len(points), start)

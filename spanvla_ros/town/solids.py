@@ -90,7 +90,7 @@ class Solids:
         self._patch_lit = table[:, 7] > 0.5
 
     def _world(
-        self, local: Float64[np.ndarray, 'n k 2'], owner: Int64[np.ndarray, 'n'] | None = None
+        self, local: Float64[np.ndarray, 'n k 2'], owner: Int64[np.ndarray, ' n'] | None = None
     ) -> Float64[np.ndarray, 'n k 2']:
         index = slice(None) if owner is None else owner
         cos, sin = self._cos[index, None], self._sin[index, None]
@@ -122,7 +122,7 @@ class Solids:
 
     def _order(
         self, eye: Float64[np.ndarray, '3'], visible: Bool[np.ndarray, 'n 6']
-    ) -> Int64[np.ndarray, 'n']:
+    ) -> Int64[np.ndarray, ' n']:
         """Farthest first, mended where a box would be painted over one that hides it."""
         middle = np.column_stack([self._center, self._level.mean(axis=1)])
         order = np.argsort(-((middle - eye) ** 2).sum(axis=1), kind='stable')
@@ -154,7 +154,7 @@ class Solids:
             (beyond & visible.T[:, :, None]) | (beyond.transpose(0, 2, 1) & ~visible.T[:, None])
         ).any(axis=0)
         may_hide = ~cannot_hide & self._same_direction(eye)
-        np.fill_diagonal(may_hide, False)
+        may_hide &= ~np.eye(len(may_hide), dtype=bool)
         # Boxes that run into each other hide each other in part: no order can be right.
         return may_hide.T & ~may_hide
 
