@@ -1,0 +1,208 @@
+"""The whole model in torch: backbone, action expert, training heads, and their directory.
+
+A directory holds `config.yaml`, `backbone/` (a Hugging Face folder), `expert.safetensors`,
+`normalization.json`, `action_codebook.safetensors` and, until it is shipped,
+`training_heads.safetensors`. It is written beside its place and then renamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spanvla_ros.model.action_tokens import (
+    CODEBOOK_FILE,
+    ActionCodebook,
+    load_codebook,
+    write_codebook,
+)
+from spanvla_ros.model.backbone import (
+    BACKBONE_DIR,
+    Backbone,
+    Prefix,
+    draw_weights,
+    load_network,
+    tiny_network,
+)
+from spanvla_ros.model.checkpoint import (
+    load_model_dir,
+    read_tensors,
+    write_manifest,
+    write_tensors,
+    write_text,
+)
+from spanvla_ros.model.config import CONFIG_FILE, ModelConfig, dump_config
+from spanvla_ros.model.expert import ActionExpert
+from spanvla_ros.model.flow import (
+    NORMALIZATION_FILE,
+    Normalization,
+    load_normalization,
+    time_features,
+    write_normalization,
+)
+from spanvla_ros.model.heads import PictureHeads
+from spanvla_ros.model.prompt import (
+    PromptLayout,
+    build_tokenizer,
+    load_tokenizer,
+    number_tokens,
+    write_tokenizer,
+)
+from spanvla_ros.types import SpanvlaError
+
+EXPERT_FILE = 'expert.safetensors'
+HEADS_FILE = 'training_heads.safetensors'
+ANSWER_ACTIONS = 10
+
+
+class Policy(nn.Module):
+    """A model as it trains: `normalization` and `codebook` are None until data has been seen."""
+
+    def __init__(self, config: ModelConfig, layout: PromptLayout, network: nn.Module) -> None:
+        """Join a backbone network to a fresh expert and fresh heads."""
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        extra = config.answer_tokens + max(config.waypoints, ANSWER_ACTIONS) + 2
+        self.backbone = Backbone(network, config, layout.image_positions.tolist(), extra)
+        self.expert = ActionExpert(
+            self.backbone, config.expert_width, config.waypoints, config.sequence_tokens
+        )
+        self.heads = PictureHeads(self.backbone.hidden)
+        self.normalization: Normalization | None = None
+        self.codebook: ActionCodebook | None = None
+
+    def look(self, images: Tensor) -> Tensor:
+        """Visual tokens `[B, pictures * n, H]` of uint8 RGB pictures `[B, pictures, h, w, 3]`."""
+        batch, pictures = images.shape[:2]
+        pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() * (1.0 / 255.0)
+        tokens = self.backbone.vision(pixels)
+        return tokens.reshape(batch, pictures * tokens.shape[1], -1)
+
+    @torch.no_grad()
+    def plan(self, prefix: Prefix, ego: Tensor, valid: Tensor, steps: int | None = None) -> Tensor:
+        """Normalised trajectories `[B, T, 3]` by Euler steps from the noise-free source.
+
+        Args:
+            prefix: K/V of the bridged layers.
+            ego: ego features `[B, 20]`.
+            valid: slots that may be attended `[B, S]`.
+            steps: number of Euler steps, the configuration's if None.
+        """
+        steps = steps or self.config.steps
+        x = torch.zeros(ego.shape[0], 1, self.config.waypoints, 3)
+        for index in range(steps):
+            time = torch.from_numpy(time_features(index / steps)).expand(ego.shape[0], 1, -1)
+            x = x + self.expert(x, time, ego, prefix.keys, prefix.values, valid).float() / steps
+        return x[:, 0]
+
+
+def new_policy(config: ModelConfig, seed: int = 0) -> Policy:
+    """A tiny policy with freshly drawn weights, the same for the same seed."""
+    tokenizer = build_tokenizer()
+    special = tokenizer.get_vocab(with_added_tokens=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = tiny_network(tokenizer.get_vocab_size(), special)
+        ids, values = number_tokens(tokenizer)
+        numbers = dict(zip(ids.tolist(), values.tolist(), strict=True))
+        draw_weights(network, numbers, torch.Generator().manual_seed(seed))
+        return Policy(config, PromptLayout(config, tokenizer), network)
+
+
+def load_policy(model_dir: str | Path) -> Policy:
+    """Read a model directory (verified first); the training heads are fresh where it has none."""
+    directory = load_model_dir(model_dir)
+    folder, config = directory.path, directory.config
+    layout = PromptLayout(config, load_tokenizer(folder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(config, layout, load_network(folder / BACKBONE_DIR))
+    _fill(policy.expert, folder / EXPERT_FILE)
+    if HEADS_FILE in directory.files:
+        _fill(policy.heads, folder / HEADS_FILE)
+    if NORMALIZATION_FILE in directory.files:
+        policy.normalization = load_normalization(folder, config)
+    if CODEBOOK_FILE in directory.files:
+        policy.codebook = load_codebook(folder)
+    return policy
+
+
+def save_policy(
+    policy: Policy,
+    model_dir: str | Path,
+    training: Mapping[str, Any],
+    shipped: bool = False,
+    scores: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a model directory in place of an earlier one and return its sha256.
+
+    Args:
+        policy: the model.
+        model_dir: where to.
+        training: how it was trained, for the manifest.
+        shipped: round weights to fp16 and leave the training heads out.
+        scores: scores for the manifest.
+    """
+    folder = Path(model_dir)
+    building = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        write_text(building / CONFIG_FILE, dump_config(policy.config))
+        network = policy.backbone.network
+        if shipped:
+            network = copy.deepcopy(network).half()
+        network.save_pretrained(building / BACKBONE_DIR)
+        write_tokenizer(building, policy.layout.tokenizer)
+        kind = np.float16 if shipped else np.float32
+        write_tensors(building / EXPERT_FILE, _arrays(policy.expert, kind))
+        if not shipped:
+            write_tensors(building / HEADS_FILE, _arrays(policy.heads, kind))
+        if policy.normalization is not None:
+            write_normalization(building, policy.normalization)
+        if policy.codebook is not None:
+            write_codebook(building, policy.codebook)
+        sha256 = write_manifest(building, training, scores or {})
+        swap_directory(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return sha256
+
+
+def swap_directory(new: Path, place: Path) -> None:
+    """Put the finished directory `new` at `place`, an earlier one there is removed."""
+    old = place.with_name(f'.{place.name}.{os.getpid()}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _arrays(module: nn.Module, kind: type[np.floating[Any]]) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy().astype(kind) for name, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, path: Path) -> None:
+    tensors = read_tensors(path)
+    parameters = dict(module.named_parameters())
+    if set(tensors) != set(parameters):
+        odd = sorted(set(tensors) ^ set(parameters))[0]
+        raise SpanvlaError(f'{path}: does not fit config.yaml (tensor {odd}); fetch it again')
+    for name, parameter in parameters.items():
+        if tensors[name].shape != tuple(parameter.shape):
+            raise SpanvlaError(
+                f'{path}: {name} is {tensors[name].shape}, config.yaml asks '
+                f'{tuple(parameter.shape)}; fetch it again'
+            )
+        parameter.copy_(torch.from_numpy(tensors[name].astype(np.float32)))
