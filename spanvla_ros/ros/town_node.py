@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -33,7 +33,7 @@ from spanvla_ros.scoring.scene import scene_to_json
 from spanvla_ros.town.camera import Renderer, camera_matrix
 from spanvla_ros.town.elements import Box, Tint
 from spanvla_ros.town.scenarios import make_world, ranges_sha256
-from spanvla_ros.types import DriveCommand, EgoState, Vehicle
+from spanvla_ros.types import DriveCommand, EgoState, SceneMap, Vehicle
 
 ODOMETRY_HZ = 50.0
 SCENE_PERIOD_S = 0.1
@@ -63,6 +63,9 @@ class TownNode(Node):
         vehicle = Vehicle.load(settings.vehicle_file) if settings.vehicle_file else Vehicle()
         self.vehicle = vehicle
         self.world = make_world(settings.scenario, settings.seed)
+        if settings.wait_for_driver:
+            # Standing still is the one motion that may last as long as the driver needs.
+            self.world.place_ego(replace(self.world.state, speed_mps=0.0, yaw_rate_radps=0.0))
         self.cameras = TOWN_CAMERAS
         self._stop = threading.Event()
         self._command: tuple[Twist, float] | None = None
@@ -89,6 +92,7 @@ class TownNode(Node):
         )
         self._odometry = self.create_publisher(Odometry, 'input/odometry', 50)
         self._route = self.create_publisher(Path, 'input/route', latched)
+        self._navigation = self.create_publisher(String, 'input/command', 1)
         self._scene = self.create_publisher(String, 'town/scene', 10)
         self._status = self.create_publisher(String, 'town/status', latched)
         kind = CompressedImage if self.settings.image_transport == 'compressed' else Image
@@ -165,7 +169,7 @@ class TownNode(Node):
             return DriveCommand(0.0, 0.0, -limit.max_decel_mps2, 0.0, True, 'no command')
         twist = command[0]
         speed_mps, yaw_rate_radps = float(twist.linear.x), float(twist.angular.z)
-        curvature = yaw_rate_radps / max(abs(speed_mps), abs(ego.speed_mps), 0.5)
+        curvature = yaw_rate_radps / max(abs(speed_mps), 0.5)
         accel_mps2 = min(
             max((speed_mps - ego.speed_mps) / 0.2, -limit.max_decel_mps2), limit.max_accel_mps2
         )
@@ -190,9 +194,8 @@ class TownNode(Node):
         pose.position.x, pose.position.y = float(ego.x_m), float(ego.y_m)
         pose.orientation.z = math.sin(ego.yaw_rad / 2.0)
         pose.orientation.w = math.cos(ego.yaw_rad / 2.0)
-        held = not self._moving
         message.twist.twist.linear.x = float(ego.speed_mps)
-        message.twist.twist.angular.z = 0.0 if held else float(ego.yaw_rate_radps)
+        message.twist.twist.angular.z = float(ego.yaw_rate_radps)
         return message
 
     def _route_message(self) -> Path:
@@ -210,7 +213,8 @@ class TownNode(Node):
 
     def _publish_scene(self, stamp_ns: int, *, with_map: bool) -> None:
         outcome = self.world.outcome()
-        content = scene_to_json(self.world.scene())
+        scene = self.world.scene()
+        content = scene_to_json(scene if with_map else replace(scene, map=SceneMap(())))
         if not with_map:
             content['map'] = None
         content['town'] = {
@@ -239,6 +243,7 @@ class TownNode(Node):
             'finished': bool(self.world.finished),
         }
         self._status.publish(String(data=json.dumps(content)))
+        self._navigation.publish(String(data=self.world.command()))
 
     # Camera thread.
 
