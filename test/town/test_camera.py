@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib.stride_tricks import sliding_window_view
 
 from spanvla_ros.model.config import TOWN_CAMERAS, CameraSpec
 from spanvla_ros.town.camera import Renderer, camera_matrix, project
@@ -98,7 +99,7 @@ def cast(camera, ground, boxes, pose):
 
 def settled(classes):
     """Pixels whose neighbours, two each way, are all of one class: no edge runs near them."""
-    windows = np.lib.stride_tricks.sliding_window_view(
+    windows = sliding_window_view(
         np.pad(classes, 2, constant_values=-1), (5, 5)
     )
     return (windows == classes[..., None, None]).all(axis=(2, 3))

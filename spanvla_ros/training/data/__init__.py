@@ -1,0 +1,1 @@
+"""Training data: shards of labelled scenes and the command that draws them."""
