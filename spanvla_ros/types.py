@@ -125,8 +125,11 @@ class StageTimes:
 class Plan:
     """What the planner hands to the guardian: a trajectory and all it was made from.
 
-    `trajectory` is in the odometry frame, its stamp is that of the anchor image. `driver` is
-    `model` for a plan of the model, else the name of what stands in its slot.
+    `trajectory` is in the odometry frame, its stamp is that of the anchor image; `origin` is the
+    ego pose there at that time. Speed, acceleration, yaw rate, `history`, `history_valid`,
+    `route` (points in `base_link`), `command` and `reasoning` are the inputs as the model saw
+    them: with the images of `image_stamps_ns` the plan can be made again. `driver` is `model` for
+    a plan of the model, else the name of what stands in its slot.
     """
 
     plan_id: int
@@ -137,12 +140,16 @@ class Plan:
     schedule: str
     steps: int
     speed_mps: float = 0.0
+    accel_mps2: float = 0.0
+    yaw_rate_radps: float = 0.0
     thinking: str = 'none'
     reasoning: str = ''
     reasoning_stamp_ns: int | None = None
     decision: str = ''
     agreement: bool | None = None
     history: tuple[tuple[float, float, float], ...] = ()
+    history_valid: tuple[bool, ...] = ()
+    route: tuple[tuple[float, float], ...] | None = None
     route_hash: str = ''
     command: str = 'follow'
     degraded: tuple[str, ...] = ()
@@ -213,12 +220,16 @@ def _plan_from_fields(raw: dict[str, Any]) -> Plan:
         schedule=_string(raw['schedule']),
         steps=_integer(raw['steps']),
         speed_mps=_number(raw['speed_mps']),
+        accel_mps2=_number(raw.get('accel_mps2', 0.0)),
+        yaw_rate_radps=_number(raw.get('yaw_rate_radps', 0.0)),
         thinking=_string(raw['thinking']),
         reasoning=_string(raw['reasoning']),
         reasoning_stamp_ns=None if reasoning_stamp is None else _integer(reasoning_stamp),
         decision=_string(raw['decision']),
         agreement=agreement,
         history=tuple(_triple(pose) for pose in raw['history']),
+        history_valid=tuple(_flag(good) for good in raw.get('history_valid', ())),
+        route=_route_points(raw.get('route')),
         route_hash=_string(raw['route_hash']),
         command=_string(raw['command']),
         degraded=tuple(_string(reason) for reason in raw['degraded']),
@@ -245,6 +256,20 @@ def _string(value: object) -> str:
     if not isinstance(value, str):
         raise PlanError(f'plan: {value!r:.40} is not text')
     return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f'plan: {value!r:.40} is not true or false')
+    return value
+
+
+def _route_points(value: object) -> tuple[tuple[float, float], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(not isinstance(p, list) or len(p) != 2 for p in value):
+        raise PlanError(f'plan: {value!r:.40} is not a list of points')
+    return tuple((_number(x), _number(y)) for x, y in value)
 
 
 def _triple(value: object) -> tuple[float, float, float]:

@@ -96,11 +96,11 @@ LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
 }
 
 
-def open_backend(model_dir: str | Path, name: str = 'auto') -> Backend:
+def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> Backend:
     """Verify a model directory and load it on an engine.
 
     Args:
-        model_dir: the model directory.
+        model_dir: the model directory, or one already verified.
         name: `onnxruntime`, `torch`, or `auto`: ONNX Runtime where the directory holds graphs
             and the library is installed, else torch.
 
@@ -109,7 +109,7 @@ def open_backend(model_dir: str | Path, name: str = 'auto') -> Backend:
     """
     if name != 'auto' and name not in LOADERS:
         raise SpanvlaError(f'backend {name!r} is not known; use auto, {", ".join(LOADERS)}')
-    directory = load_model_dir(model_dir)
+    directory = model_dir if isinstance(model_dir, ModelDirectory) else load_model_dir(model_dir)
     if name != 'auto':
         return LOADERS[name](directory)
     if directory.has_graphs:

@@ -1,0 +1,205 @@
+"""The ONNX Runtime engine: five sessions on exported graphs, no torch.
+
+One thread and no spinning by default: on board the planner shares its cores with cameras and
+safety, and a spinning pool would take them between frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from spanvla_ros.model.checkpoint import GRAPHS, GRAPHS_DIR, ModelDirectory
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.types import MissingExtraError, SpanvlaError
+
+Array = np.ndarray
+CPU = ('CPUExecutionProvider',)
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    'vision': ('pixels',),
+    'prefill_action': ('ids', 'embeds', 'valid'),
+    'prefill_reason': ('ids', 'embeds', 'valid'),
+    'decode': ('token', 'position', 'keys', 'values', 'valid'),
+    'step': ('x', 'time', 'ego', 'keys', 'values', 'valid'),
+}
+OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    'vision': ('embeds',),
+    'prefill_action': ('keys', 'values'),
+    'prefill_reason': ('keys', 'values', 'logits'),
+    'decode': ('logits', 'new_keys', 'new_values'),
+    'step': ('velocity',),
+}
+_LOCATION_KEY = b'\x0a\x08location\x12'
+
+
+class OnnxBackend:
+    """A model on ONNX Runtime; implements `runtime.backend.Backend`."""
+
+    name = 'onnxruntime'
+
+    def __init__(
+        self, directory: ModelDirectory, providers: Sequence[str] = CPU, threads: int = 1
+    ) -> None:
+        """Open all five graphs.
+
+        Args:
+            directory: a verified model directory.
+            providers: execution providers in order of wish.
+            threads: threads inside one operator.
+
+        Raises:
+            SpanvlaError: ONNX Runtime or a provider is missing, or a graph does not fit.
+        """
+        self.config: ModelConfig = directory.config
+        self._sessions = {
+            name: _open_session(directory, name, providers, threads) for name in GRAPHS
+        }
+        _check_shapes(self._sessions, directory)
+
+    def vision(self, pixels: Float32[Array, '1 3 h w']) -> Float32[Array, 'n d']:
+        """Visual tokens of one picture."""
+        return self._run('vision', pixels)[0]
+
+    def prefill_action(
+        self,
+        ids: Int64[Array, '1 p'],
+        embeds: Float32[Array, 'i d'],
+        valid: Float32[Array, '1 p'],
+    ) -> tuple[Float32[Array, 'b 1 g p e'], Float32[Array, 'b 1 g p e']]:
+        """Keys and values of the bridged layers."""
+        keys, values = self._run('prefill_action', ids, embeds, valid)
+        return keys, values
+
+    def prefill_reason(
+        self,
+        ids: Int64[Array, '1 p'],
+        embeds: Float32[Array, 'i d'],
+        valid: Float32[Array, '1 p'],
+    ) -> tuple[Float32[Array, 'l 1 g p e'], Float32[Array, 'l 1 g p e'], Float32[Array, '1 v']]:
+        """Keys and values of all layers, logits after the last prompt token."""
+        keys, values, logits = self._run('prefill_reason', ids, embeds, valid)
+        return keys, values, logits
+
+    def decode(
+        self,
+        token: Int64[Array, '1 1'],
+        position: Int64[Array, '1'],
+        keys: Float32[Array, 'l 1 g s e'],
+        values: Float32[Array, 'l 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> tuple[Float32[Array, '1 v'], Float32[Array, 'l 1 g 1 e'], Float32[Array, 'l 1 g 1 e']]:
+        """Logits after one more token, and its keys and values."""
+        logits, new_keys, new_values = self._run('decode', token, position, keys, values, valid)
+        return logits, new_keys, new_values
+
+    def step(
+        self,
+        x: Float32[Array, '1 t 3'],
+        time: Float32[Array, '1 f'],
+        ego: Float32[Array, '1 m'],
+        keys: Float32[Array, 'b 1 g s e'],
+        values: Float32[Array, 'b 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> Float32[Array, '1 t 3']:
+        """Velocity of the flow."""
+        return self._run('step', x, time, ego, keys, values, valid)[0]
+
+    def _run(self, graph: str, *arrays: Array) -> list[Array]:
+        feed = dict(zip(INPUTS[graph], arrays, strict=True))
+        outputs: list[Array] = self._sessions[graph].run(OUTPUTS[graph], feed)
+        return outputs
+
+
+def _open_session(
+    directory: ModelDirectory, name: str, providers: Sequence[str], threads: int
+) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError('onnxruntime', 'onnx') from error
+    path = directory.graph(name)
+    _check_external_data(path, directory)
+    absent = sorted(set(providers) - set(onnxruntime.get_available_providers()))
+    if absent:
+        raise SpanvlaError(
+            f'onnxruntime: provider {absent[0]} is not in this build; '
+            f'use one of {", ".join(onnxruntime.get_available_providers())}'
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    for key in ('session.intra_op.allow_spinning', 'session.inter_op.allow_spinning'):
+        options.add_session_config_entry(key, '0')
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise SpanvlaError(
+            f'{path}: ONNX Runtime refuses it ({reason:.200}); run: '
+            f'spanvla export --model {directory.path}'
+        ) from error
+    names = (
+        tuple(i.name for i in session.get_inputs()),
+        tuple(o.name for o in session.get_outputs()),
+    )
+    if set(names[0]) != set(INPUTS[name]) or not set(OUTPUTS[name]) <= set(names[1]):
+        raise SpanvlaError(
+            f'{path}: inputs {names[0]} and outputs {names[1]} are not those of {name}; run: '
+            f'spanvla export --model {directory.path}'
+        )
+    return session
+
+
+def _check_external_data(path: Path, directory: ModelDirectory) -> None:
+    """Refuse weights outside the manifest before ONNX Runtime follows the file's own paths."""
+    for location in external_locations(path.read_bytes()):
+        pure = PurePosixPath(location)
+        listed = f'{GRAPHS_DIR}/{location}' in directory.files
+        if pure.is_absolute() or '..' in pure.parts or not listed:
+            raise SpanvlaError(
+                f'{path}: keeps weights in {location!r}, which is not a listed file of the model; '
+                'fetch the model again'
+            )
+
+
+def external_locations(graph: bytes) -> set[str]:
+    """File names an ONNX file keeps weights in, read off its `external_data` entries."""
+    found: set[str] = set()
+    start = graph.find(_LOCATION_KEY)
+    while start >= 0:
+        at = start + len(_LOCATION_KEY)
+        size = shift = 0
+        while at < len(graph):
+            byte = graph[at]
+            size |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if not byte & 0x80:
+                break
+        found.add(graph[at : at + size].decode('utf-8', errors='replace'))
+        start = graph.find(_LOCATION_KEY, at)
+    return found
+
+
+def _check_shapes(sessions: Mapping[str, Any], directory: ModelDirectory) -> None:
+    config = directory.config
+    wanted: dict[tuple[str, str], tuple[int | None, ...]] = {
+        ('vision', 'pixels'): (1, 3, config.height_px, config.width_px),
+        ('prefill_action', 'ids'): (1, config.prompt_tokens),
+        ('prefill_reason', 'ids'): (1, config.prompt_tokens),
+        ('decode', 'valid'): (1, config.sequence_tokens),
+        ('step', 'x'): (1, config.waypoints, 3),
+        ('step', 'valid'): (1, config.sequence_tokens),
+    }
+    for (graph, name), shape in wanted.items():
+        actual = next(tuple(i.shape) for i in sessions[graph].get_inputs() if i.name == name)
+        if actual != shape:
+            raise SpanvlaError(
+                f'{directory.path}: graph {graph} takes {name} {actual}, config.yaml says {shape}; '
+                f'run: spanvla export --model {directory.path}'
+            )
