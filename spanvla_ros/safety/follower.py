@@ -73,7 +73,12 @@ class Follower:
         if not math.isfinite(turning):
             turning = 0.0
         return DriveCommand(
-            0.0, turning, -self.vehicle.max_decel_mps2, self._steering_rad, True, reason
+            speed_mps=0.0,
+            yaw_rate_radps=turning,
+            accel_mps2=-self.vehicle.max_decel_mps2,
+            steering_rad=self._steering_rad,
+            braking=True,
+            reason=reason,
         )
 
     def _fault(self, trajectory: Trajectory | None, ego: EgoState | None, now_ns: int) -> str:
@@ -109,7 +114,12 @@ class Follower:
         if along[-1] < STAND_M and abs(ego.speed_mps) < 2.0 * STAND_MPS:
             self._remember(0.0, now_ns, relax=True)
             return DriveCommand(
-                0.0, 0.0, -vehicle.comfort_decel_mps2, self._steering_rad, True, 'standing'
+                speed_mps=0.0,
+                yaw_rate_radps=0.0,
+                accel_mps2=-vehicle.comfort_decel_mps2,
+                steering_rad=self._steering_rad,
+                braking=True,
+                reason='standing',
             )
         since_s = (now_ns - ego.stamp_ns) * 1e-9 + bounds.latency_s
         speed_mps = max(ego.speed_mps, 0.0)
