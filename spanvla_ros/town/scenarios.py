@@ -1,0 +1,566 @@
+"""Scenario families: each seed draws one drive from the ranges of `config/town/ranges.yaml`.
+
+Held-out seeds are 1,000,000 and above. After mReasoning's kinds of scene (SpanVLA), five
+families of short drives, and `mix`, a long road with all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from spanvla_ros.geometry import local_from_world
+from spanvla_ros.town import bodies
+from spanvla_ros.town.elements import Box, Color, GroundPolygon, Tint
+from spanvla_ros.town.roads import (
+    LANE_WIDTH_M,
+    SPACING_M,
+    Arm,
+    Bend,
+    Corridor,
+    CrossSection,
+    Junction,
+    JunctionPlan,
+    OverlapError,
+    StretchPlan,
+    lay_out,
+)
+from spanvla_ros.town.traffic import BrakeEvent, Car, Pedestrian, Signal, Surroundings, World
+from spanvla_ros.types import EgoState, SpanvlaError, Vehicle
+
+FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
+MIX = 'mix'
+HELD_OUT_SEED = 1_000_000
+HAZARDS = {'lead_vehicle': 'lead', 'pedestrian': 'pedestrian', 'red_light': 'light'}
+BEHIND_M = 40.0
+BEYOND_M = 90.0
+FRONT_M = 4.05
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What scenes are drawn from; the fields are explained in `config/town/ranges.yaml`."""
+
+    speed_limit_mps: float = 11.0
+    lateral_accel_mps2: float = 2.0
+    start_speed_mps: Span = (0.0, 11.0)
+    standing_start_share: float = 0.15
+    drive_m: Span = (120.0, 190.0)
+    bend_radius_m: Span = (26.0, 110.0)
+    bend_length_m: Span = (35.0, 80.0)
+    bend_gap_m: Span = (6.0, 25.0)
+    turn_radius_right_m: Span = (8.0, 11.0)
+    turn_radius_left_m: Span = (10.0, 15.0)
+    junction_at_m: Span = (55.0, 85.0)
+    extra_lane_share: float = 0.45
+    straight_share: float = 0.3
+    route_step_m: Span = (10.0, 20.0)
+    route_noise_sd_m: float = 1.0
+    lead_stopped_share: float = 0.35
+    lead_braking_share: float = 0.35
+    lead_gap_m: Span = (14.0, 40.0)
+    lead_speed_share: Span = (0.45, 0.95)
+    lead_decel_mps2: Span = (2.0, 6.0)
+    lead_brake_to_mps: Span = (0.0, 2.0)
+    lead_hold_s: Span = (2.0, 5.0)
+    pedestrian_at_m: Span = (48.0, 95.0)
+    pedestrian_speed_mps: Span = (1.1, 1.8)
+    pedestrian_waits_share: float = 0.25
+    pedestrian_timing_s: Span = (-0.5, 0.5)
+    bystander_share: float = 0.3
+    light_red_share: float = 0.75
+    green_after_s: Span = (3.0, 12.0)
+    queue_share: float = 0.25
+    oncoming_mean: float = 1.2
+    neighbour_share: float = 0.5
+    parked_mean: float = 1.0
+    lateral_offset_sd_m: float = 0.4
+    heading_sd_rad: float = 0.03
+    snapshot_speed_mps: Span = (0.0, 14.0)
+    own_speed_share: float = 0.4
+    consistent_history_share: float = 0.25
+    history_accel_sd_mps2: float = 0.4
+    history_noise_sd_m: float = 0.03
+
+
+def load_ranges(path: str | Path | None = None) -> Ranges:
+    """The ranges of a YAML file, by default those of the package; anything odd is refused."""
+    if path is None:
+        return Ranges()
+    with open(path, encoding='utf-8') as file:
+        raw = yaml.safe_load(file)
+    known = {field.name: field.default for field in fields(Ranges)}
+    if not isinstance(raw, dict) or set(raw) - set(known):
+        odd = sorted(set(raw) - set(known)) if isinstance(raw, dict) else 'no mapping'
+        raise SpanvlaError(f'{path}: {odd} is not a range; use {sorted(known)}')
+    values = {}
+    for name, value in raw.items():
+        span = isinstance(known[name], tuple)
+        parts = value if isinstance(value, list) else [value]
+        if len(parts) != (2 if span else 1) or not all(isinstance(v, int | float) for v in parts):
+            raise SpanvlaError(f'{path}: {name} must be {"[low, high]" if span else "a number"}')
+        values[name] = tuple(map(float, parts)) if span else float(value)
+    return replace(Ranges(), **values)
+
+
+def ranges_sha256(ranges: Ranges | None = None) -> str:
+    """The hash of the ranges' content, for summaries."""
+    content = json.dumps(asdict(ranges or Ranges()), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def make_world(family: str, seed: int, ranges: Ranges | None = None) -> World:
+    """The world of a family and seed, always the same one.
+
+    Raises:
+        SpanvlaError: unknown family.
+    """
+    if family not in (*FAMILIES, MIX):
+        raise SpanvlaError(f'{family!r} is not a town family; use one of {(*FAMILIES, MIX)}')
+    number = (*FAMILIES, MIX).index(family)
+    rng = np.random.default_rng([number, seed])
+    return _Draft(rng, ranges or Ranges(), family, seed).world()
+
+
+class _Draft:
+    """One world while it is drawn."""
+
+    def __init__(self, rng: np.random.Generator, ranges: Ranges, family: str, seed: int) -> None:
+        self.rng = rng
+        self.ranges = ranges
+        self.family = family
+        self.seed = seed
+        self.cars: list[Car] = []
+        self.pedestrians: list[Pedestrian] = []
+        self.signals: list[Signal] = []
+        self.extra_ground: list[GroundPolygon] = []
+
+    # -- draws -----------------------------------------------------------------------------
+
+    def within(self, span: Span) -> float:
+        return float(self.rng.uniform(*span))
+
+    def chance(self, share: float) -> bool:
+        return bool(self.rng.random() < share)
+
+    def color(self, low: int = 40, high: int = 220) -> Color:
+        r, g, b = self.rng.integers(low, high, 3)
+        return int(r), int(g), int(b)
+
+    def size(self) -> tuple[float, float, float]:
+        return (
+            float(self.rng.uniform(4.0, 5.0)),
+            float(self.rng.uniform(1.75, 2.0)),
+            float(self.rng.uniform(1.45, 2.1)),
+        )
+
+    # -- the road --------------------------------------------------------------------------
+
+    def world(self) -> World:
+        corridor, drive_m = self.lay_road()
+        self.corridor = corridor
+        self.paint = self.draw_paint()
+        self.goal_m = BEHIND_M + drive_m
+        limits = _speed_limits(corridor, self.ranges)
+        self.limits = limits
+        ego = self.draw_ego()
+        self.populate(ego)
+        ground = (*bodies.paint_ground(corridor, self.paint), *self.extra_ground)
+        around = Surroundings(
+            corridor=corridor,
+            ground=ground,
+            houses=self.draw_houses(),
+            tint=self.draw_tint(),
+            route_points=self.draw_route(),
+            limits_mps=tuple(limits.tolist()),
+            speed_limit_mps=self.ranges.speed_limit_mps,
+            start_m=BEHIND_M,
+            goal_m=self.goal_m,
+            time_limit_s=60.0 if self.family != MIX else drive_m / 3.0 + 60.0,
+            family=self.family,
+            seed=self.seed,
+        )
+        hazard = HAZARDS.get(self.family, '')
+        return World(
+            around, Vehicle(), self.cars, self.pedestrians, self.signals, ego, hazard
+        )
+
+    def lay_road(self) -> tuple[Corridor, float]:
+        for _ in range(400):
+            pieces, drive_m = self.draw_pieces()
+            start = (0.0, 0.0, self.within((-math.pi, math.pi)))
+            try:
+                return lay_out(pieces, start), drive_m
+            except OverlapError:
+                continue
+        raise SpanvlaError(f'town: no road found for {self.family} seed {self.seed}')
+
+    def draw_pieces(self) -> tuple[list[StretchPlan | JunctionPlan], float]:
+        if self.family == MIX:
+            return self.draw_long_road()
+        drive_m = float(round(self.within(self.ranges.drive_m)))
+        total_m = BEHIND_M + drive_m + BEYOND_M
+        if self.family in ('red_light', 'turns'):
+            turn = 'straight'
+            if self.family == 'turns':
+                turn = 'left' if self.chance(0.5) else 'right'
+            at_m = BEHIND_M + round(self.within(self.ranges.junction_at_m))
+            first = StretchPlan(at_m, self.draw_section(turn), self.draw_bends(at_m, 30.0))
+            plan = self.draw_junction(turn, signal=self.family == 'red_light' or self.chance(0.3))
+            rest_m = max(total_m - at_m - 20.0, 120.0)
+            after = first.section if turn == 'straight' else self.draw_section('')
+            last = StretchPlan(rest_m, after, self.draw_bends(rest_m, 15.0))
+            return [first, plan, last], drive_m
+        section = self.draw_section('')
+        bends = self.draw_bends(total_m, 20.0, always=self.family == 'lane_keeping')
+        return [StretchPlan(total_m, section, bends)], drive_m
+
+    def draw_long_road(self) -> tuple[list[StretchPlan | JunctionPlan], float]:
+        pieces: list[StretchPlan | JunctionPlan] = []
+        total_m, side = 0.0, 'left' if self.chance(0.5) else 'right'
+        turn = 'straight'
+        while total_m < 1500.0:
+            length_m = float(round(self.within((90.0, 170.0))))
+            turn = 'straight' if self.chance(0.5) else side
+            section = self.draw_section(turn)
+            pieces.append(StretchPlan(length_m, section, self.draw_bends(length_m, 30.0)))
+            pieces.append(self.draw_junction(turn, signal=self.chance(0.7)))
+            if turn != 'straight':
+                side = 'left' if side == 'right' else 'right'
+            total_m += length_m + 18.0
+        pieces.append(StretchPlan(160.0, self.draw_section(''), ()))
+        return pieces, total_m - BEHIND_M + 40.0
+
+    def draw_section(self, turn: str) -> CrossSection:
+        extra = self.ranges.extra_lane_share
+        right = int(self.chance(extra)) if turn != 'right' else 0
+        left = int(self.chance(extra)) if turn != 'left' else 0
+        if self.family == 'lane_keeping' and right + left == 0 and self.chance(0.6):
+            left = 1
+        return CrossSection(right, left, 1 + int(self.chance(extra)))
+
+    def draw_bends(self, length_m: float, margin_m: float, *, always: bool = False) -> tuple[Bend, ...]:
+        if not always and self.chance(self.ranges.straight_share):
+            return ()
+        bends = []
+        at = margin_m + (self.within((0.0, 25.0)) if not always else self.within((15.0, 30.0)))
+        side = 1.0 if self.chance(0.5) else -1.0
+        while True:
+            radius = self.within(self.ranges.bend_radius_m)
+            span_m = min(self.within(self.ranges.bend_length_m), 1.2 * radius + 10.0)
+            if at + span_m > length_m - margin_m:
+                return tuple(bends)
+            bends.append(Bend(at, span_m, side / radius))
+            at += span_m + self.within(self.ranges.bend_gap_m)
+            side = -side if self.chance(0.7) else side
+
+    def draw_junction(self, turn: str, *, signal: bool) -> JunctionPlan:
+        span = self.ranges.turn_radius_left_m if turn == 'left' else self.ranges.turn_radius_right_m
+        return JunctionPlan(
+            turn,
+            signal,
+            self.within(span),
+            1 + int(self.chance(0.3)),
+            float(round(self.within((35.0, 60.0)))),
+            self.chance(0.8),
+            self.chance(0.85),
+        )
+
+    # -- what stands and moves -------------------------------------------------------------
+
+    def draw_ego(self) -> EgoState:
+        speed = self.within(self.ranges.start_speed_mps)
+        if self.chance(self.ranges.standing_start_share):
+            speed = 0.0
+        speed = min(speed, float(self.limits[int(BEHIND_M / SPACING_M)]))
+        x, y, yaw = self.corridor.place(BEHIND_M, float(np.clip(self.rng.normal() * 0.2, -0.5, 0.5)))
+        return EgoState(0, x, y, (yaw + math.pi) % (2 * math.pi) - math.pi, speed)
+
+    def populate(self, ego: EgoState) -> None:
+        if self.family == MIX:
+            self.populate_mix()
+        elif self.family == 'lead_vehicle':
+            self.add_lead(BEHIND_M + FRONT_M, ego.speed_mps)
+        elif self.family == 'pedestrian':
+            at = BEHIND_M + self.within(self.ranges.pedestrian_at_m)
+            self.add_pedestrian(at, crosses=not self.chance(self.ranges.pedestrian_waits_share))
+        for index, junction in enumerate(self.corridor.junctions):
+            if junction.signal:
+                red = self.chance(
+                    self.ranges.light_red_share if self.family != 'turns' else 0.4
+                )
+                self.signals.append(Signal(index, red, self.within(self.ranges.green_after_s)))
+        if self.family == 'red_light' and self.chance(self.ranges.queue_share):
+            self.add_queue()
+        self.add_scenery_traffic()
+
+    def add_lead(self, front_m: float, ego_mps: float) -> None:
+        r = self.ranges
+        size = self.size()
+        kind = self.rng.random()
+        limit = r.speed_limit_mps
+        gap = self.within(r.lead_gap_m)
+        decel, to, hold = (self.within(s) for s in (r.lead_decel_mps2, r.lead_brake_to_mps, r.lead_hold_s))
+        share, trigger, at = self.within(r.lead_speed_share), self.within((8.0, 16.0)), self.rng.random()
+        cruise = share * limit
+        if kind < r.lead_stopped_share:
+            gap += ego_mps**2 / 6.0
+            place = front_m + gap + size[0] / 2
+            event = BrakeEvent(-math.inf, trigger, 3.0, 0.0, hold)
+            speed, events = 0.0, (event,)
+        elif kind < r.lead_stopped_share + r.lead_braking_share:
+            cruise = max(cruise, 0.75 * limit)
+            speed = max(min(ego_mps, cruise), 3.0)
+            gap = max(gap, 1.3 * ego_mps)
+            place = front_m + gap + size[0] / 2
+            event = BrakeEvent(place + 5.0 + 35.0 * at, math.inf, decel, to, hold)
+            events = (event,)
+        else:
+            gap = max(gap, 1.3 * ego_mps)
+            speed, events = cruise, ()
+            place = front_m + gap + size[0] / 2
+        self.cars.append(
+            Car('car_lead', place, 0.0, speed, cruise, size, self.color(), reacts=True, events=events)
+        )
+
+    def add_queue(self) -> None:
+        junction = self.corridor.junctions[0]
+        size = self.size()
+        place = junction.stop_m - 1.0 - size[0] / 2
+        car = Car('car_queue', place, 0.0, 0.0, 0.9 * self.ranges.speed_limit_mps, size,
+                  self.color(), reacts=True)  # fmt: skip
+        if self.signals and self.signals[0].red:
+            self.cars.append(car)
+
+    def add_pedestrian(self, s_m: float, *, crosses: bool, name: str = '') -> None:
+        section = self.corridor.section_at(s_m)
+        right = self.chance(0.6)
+        speed = self.within(self.ranges.pedestrian_speed_mps)
+        timing = self.within(self.ranges.pedestrian_timing_s)
+        back = self.within((0.9, 2.2))
+        zebra = self.chance(0.7)
+        near, far = section.right_m, section.left_m
+        away = 0.35 if crosses else back
+        start, goal = (near - away, far + 1.5) if right else (far + away, near - 1.5)
+        trigger = min(max(abs(start) / speed + timing, 2.4), 4.2)
+        number = len(self.pedestrians)
+        self.pedestrians.append(
+            Pedestrian(
+                name or f'pedestrian_{number}', s_m, start, goal, speed, trigger,
+                self.shirt(), self.color(30, 110), self.skin(), crosses,
+            )
+        )  # fmt: skip
+        if zebra:
+            self.extra_ground += bodies.zebra(self.corridor, s_m, self.paint)
+
+    def shirt(self) -> Color:
+        return bodies.CLOTHES[int(self.rng.integers(len(bodies.CLOTHES)))]
+
+    def skin(self) -> Color:
+        return bodies.SKINS[int(self.rng.integers(len(bodies.SKINS)))]
+
+    def add_scenery_traffic(self) -> None:
+        corridor, r = self.corridor, self.ranges
+        share = max(1.0, corridor.length_m / 300.0)
+        for number in range(int(self.rng.poisson(r.oncoming_mean * share))):
+            s = self.within((BEHIND_M + 25.0, corridor.length_m - 5.0))
+            lane = int(self.rng.integers(corridor.section_at(s).opposing))
+            speed = self.within((6.0, 11.0))
+            if any(c.opposing_lane == lane and abs(c.s_m - s) < 14.0 for c in self.cars):
+                continue
+            lane = min([lane, *(x.section.opposing - 1 for x in corridor.stretches)])
+            self.cars.append(
+                Car(f'car_oncoming_{number}', s, 0.0, speed, speed, self.size(), self.color(),
+                    opposing_lane=lane)
+            )  # fmt: skip
+        for number in range(int(self.rng.poisson(r.parked_mean * share))):
+            s = self.within((BEHIND_M + 4.0, corridor.length_m - 5.0))
+            if any(j.start_m - 8.0 < s < j.end_m + 8.0 for j in corridor.junctions):
+                continue
+            if any(abs(c.s_m - s) < 7.0 for c in self.cars if c.parked):
+                continue
+            d = corridor.section_at(s).right_m - 1.25
+            self.cars.append(
+                Car(f'car_parked_{number}', s, d, 0.0, 0.0, self.size(), self.color(), parked=True)
+            )
+        if self.family in ('lane_keeping', 'lead_vehicle') and self.chance(r.neighbour_share):
+            self.add_neighbour()
+        for number in range(2 if self.family == MIX else 1):
+            if self.chance(r.bystander_share):
+                s = self.within((BEHIND_M + 15.0, self.goal_m))
+                if not any(j.start_m - 8.0 < s < j.end_m + 2.0 for j in corridor.junctions):
+                    self.add_pedestrian(s, crosses=False, name=f'pedestrian_by_{number}')
+
+    def add_neighbour(self) -> None:
+        section = self.corridor.stretches[0].section
+        lanes = [-1] * bool(section.lanes_right) + [1] * bool(section.lanes_left)
+        s, part = self.within((BEHIND_M - 5.0, BEHIND_M + 30.0)), self.rng.random()
+        speed = self.within((5.0, 10.0))
+        size, color = self.size(), self.color()
+        if lanes:
+            d = lanes[int(part * len(lanes))] * LANE_WIDTH_M
+            self.cars.append(Car('car_beside', s, d, speed, speed, size, color))
+
+    def populate_mix(self) -> None:
+        for index, stretch in enumerate(self.corridor.stretches[:-1]):
+            what = self.rng.random()
+            junction = self.corridor.junctions[index]
+            start = max(stretch.start_m, BEHIND_M + 20.0)
+            if what < 0.4:
+                before = len(self.cars)
+                self.add_lead(start + 5.0, 5.0)
+                lead = self.cars[before]
+                lead.name = f'car_lead_{index}'
+                lead.s_m = min(lead.s_m, junction.stop_m - 15.0)
+                if lead.speed_mps > 0.0 or not lead.events:
+                    # It waits for the ego to come near, so that they meet.
+                    lead.events = (BrakeEvent(-math.inf, 30.0, 3.0, 0.0, 0.5), *lead.events)
+                    lead.speed_mps = 0.0
+                path = _leaving_path(self.corridor, junction)
+                lead.leaves_m, lead.leaves_by = junction.start_m, path
+                if not path:
+                    del self.cars[before]
+            elif what < 0.75:
+                s = float(self.rng.uniform(start + 25.0, max(stretch.end_m - 25.0, start + 26.0)))
+                waits = self.chance(self.ranges.pedestrian_waits_share)
+                self.add_pedestrian(min(s, junction.stop_m - 12.0), crosses=not waits)
+
+    # -- scenery ---------------------------------------------------------------------------
+
+    def draw_route(self) -> np.ndarray:
+        steps = [0.0]
+        while steps[-1] < self.corridor.length_m - 5.0:
+            steps.append(min(steps[-1] + self.within(self.ranges.route_step_m), self.corridor.length_m))
+        points = self.corridor.places(np.array(steps), 0.0)[:, :2]
+        return points + self.rng.normal(size=points.shape) * self.ranges.route_noise_sd_m
+
+    def draw_tint(self) -> Tint:
+        sky = tuple(int(v) for v in np.array([160, 190, 220]) + self.rng.integers(-20, 20, 3))
+        ground = tuple(int(v) for v in np.array([90, 125, 90]) + self.rng.integers(-15, 15, 3))
+        return Tint(self.within((0.75, 1.1)), sky, ground)  # type: ignore[arg-type]
+
+    def draw_paint(self) -> bodies.Paint:
+        grey = int(self.rng.integers(70, 101))
+        verge = int(self.rng.integers(130, 170))
+        divider = (235, 200, 70) if self.chance(0.6) else (235, 235, 235)
+        return bodies.Paint(
+            (grey, grey, grey + 3),
+            (verge, verge, verge),
+            (235, 235, 235),
+            divider,
+            self.chance(0.5),
+            self.within((1.8, 3.5)),
+        )
+
+    def draw_houses(self) -> tuple[Box, ...]:
+        corridor = self.corridor
+        found: list[Box] = []
+        drafts = []
+        for side in (-1.0, 1.0):
+            s = self.within((0.0, 15.0))
+            while s < corridor.length_m - 10.0:
+                length, width = self.within((6.0, 16.0)), self.within((6.0, 10.0))
+                height, set_back = self.within((3.0, 14.0)), self.within((4.5, 11.0))
+                color, keep = self.color(60, 200), self.chance(0.7)
+                if keep:
+                    section = corridor.section_at(s + length / 2)
+                    edge = section.left_m if side > 0 else section.right_m
+                    d = edge + side * (set_back + width / 2)
+                    pose = corridor.place(s + length / 2, d)
+                    drafts.append((pose, (length, width, height), color))
+                s += length + self.within((1.0, 12.0))
+        for pose, size, color in drafts:
+            if _is_free(corridor, pose, size):
+                found.append(bodies.house(pose, size, color))
+        return tuple(found)
+
+
+def _speed_limits(corridor: Corridor, ranges: Ranges) -> np.ndarray:
+    """Speed along the ego lane: town limit, lateral acceleration, braking in time, end of road."""
+    bend = np.maximum(np.abs(corridor.curvature_per_m), 1e-4)
+    limit = np.minimum(np.sqrt(ranges.lateral_accel_mps2 / bend), ranges.speed_limit_mps)
+    limit[-int(6.0 / SPACING_M) :] = 0.0
+    slow = limit.tolist()
+    for index in range(len(slow) - 2, -1, -1):
+        slow[index] = min(slow[index], math.sqrt(slow[index + 1] ** 2 + 2 * 1.5 * SPACING_M))
+    return np.array(slow)
+
+
+def _leaving_path(corridor: Corridor, junction: Junction) -> tuple[tuple[float, float, float], ...]:
+    """A way from the ego's lane into an arm the ego does not take, each metre a pose."""
+    start = corridor.place(junction.start_m, 0.0)
+    arm = _arm_to_leave_by(junction, start)
+    if arm is None:
+        return ()
+    d = -(arm.lanes_out - 0.5) * LANE_WIDTH_M
+    ex = arm.pose[0] + 2.0 * math.cos(arm.pose[2]) - math.sin(arm.pose[2]) * d
+    ey = arm.pose[1] + 2.0 * math.sin(arm.pose[2]) + math.cos(arm.pose[2]) * d
+    reach = math.hypot(ex - start[0], ey - start[1])
+    t = np.linspace(0.0, 1.0, max(3, int(reach * 1.15)), endpoint=False)
+    pull = 1.2 * reach
+    a, b = np.array(start[:2]), np.array([ex, ey])
+    u = pull * np.array([math.cos(start[2]), math.sin(start[2])])
+    v = pull * np.array([math.cos(arm.pose[2]), math.sin(arm.pose[2])])
+    t = t[:, None]
+    curve = (
+        (2 * t**3 - 3 * t**2 + 1) * a + (t**3 - 2 * t**2 + t) * u
+        + (3 * t**2 - 2 * t**3) * b + (t**3 - t**2) * v
+    )  # fmt: skip
+    along = np.arange(0.0, arm.length_m - 6.0)[:, None]
+    line = np.concatenate([curve, b + along * (v / pull)])
+    length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))])
+    metres = np.arange(0.0, length[-1])
+    x, y = np.interp(metres, length, line[:, 0]), np.interp(metres, length, line[:, 1])
+    yaw = np.unwrap(np.arctan2(np.gradient(y), np.gradient(x)))
+    yaw += 2 * math.pi * round((start[2] - yaw[0]) / (2 * math.pi))
+    return tuple(zip(x.tolist(), y.tolist(), yaw.tolist(), strict=True))
+
+
+def _arm_to_leave_by(junction: Junction, start: tuple[float, float, float]) -> Arm | None:
+    """The straight arm where the ego turns, the right one where it goes straight."""
+    wanted = -math.pi / 2 if junction.turn == 'straight' else 0.0
+    for arm in junction.arms:
+        turn = (arm.pose[2] - start[2] + math.pi) % (2 * math.pi) - math.pi
+        if abs(turn - wanted) < 0.1 and arm.lanes_out > 0 and arm.length_m > 20.0:
+            return arm
+    return None
+
+
+def _is_free(
+    corridor: Corridor, pose: tuple[float, float, float], size: tuple[float, float, float]
+) -> bool:
+    """Whether a house here stands clear of every road."""
+    half_x, half_y = size[0] / 2 + 1.5, size[1] / 2 + 1.5
+    cos, sin = math.cos(pose[2]), math.sin(pose[2])
+    spots = np.array(
+        [(i * half_x, j * half_y) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    ) @ np.array([[cos, sin], [-sin, cos]]) + pose[:2]
+    gap = np.hypot(spots[:, :1] - corridor.x_m[::4], spots[:, 1:] - corridor.y_m[::4])
+    nearest = gap.argmin(axis=1) * 4
+    yaw = corridor.yaw_rad[nearest]
+    left = (spots[:, 1] - corridor.y_m[nearest]) * np.cos(yaw) - (
+        spots[:, 0] - corridor.x_m[nearest]
+    ) * np.sin(yaw)
+    for d, index in zip(left.tolist(), nearest.tolist(), strict=True):
+        section = corridor.section_at(index * SPACING_M)
+        if section.right_m - 1.0 < d < section.left_m + 1.0:
+            return False
+    for junction in corridor.junctions:
+        if np.hypot(*(junction.area.mean(axis=0) - pose[:2])) < 14.0 + half_x:
+            return False
+        for arm in junction.arms:
+            local = local_from_world(arm.pose, spots)
+            low, high = arm.edges_m
+            if (
+                (local[:, 0] > -3.0) & (local[:, 0] < arm.length_m + 3.0)
+                & (local[:, 1] > low - 1.5) & (local[:, 1] < high + 1.5)
+            ).any():  # fmt: skip
+                return False
+    return True
