@@ -136,7 +136,7 @@ def source_path(
 
 
 def start_state(source: str, waypoints: int, seed: int = 0) -> Float32[np.ndarray, 't 3']:
-    """x at time 0 for a plan: zeros, or for `gaussian` one reproducible draw of N(0, 1)."""
+    """State at time 0 of a plan: zeros, or for `gaussian` one reproducible draw of N(0, 1)."""
     if source == 'gaussian':
         return np.random.default_rng(seed).standard_normal((waypoints, 3)).astype(np.float32)
     return np.zeros((waypoints, 3), dtype=np.float32)

@@ -200,6 +200,6 @@ def _check_shapes(sessions: Mapping[str, Any], directory: ModelDirectory) -> Non
         actual = next(tuple(i.shape) for i in sessions[graph].get_inputs() if i.name == name)
         if actual != shape:
             raise SpanvlaError(
-                f'{directory.path}: graph {graph} takes {name} {actual}, config.yaml says {shape}; '
-                f'run: spanvla export --model {directory.path}'
+                f'{directory.path}: graph {graph} takes {name} {actual}, config.yaml says '
+                f'{shape}; run: spanvla export --model {directory.path}'
             )

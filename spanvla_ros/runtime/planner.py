@@ -1,0 +1,450 @@
+"""The planner: observation in, plan out, with cached vision and one of three schedules.
+
+`off`: no reasoning. `concurrent` (default on board): a plan never waits; `reason_slice` works on a
+reasoning between frames, and its text enters the prompts of the next two seconds. `sequential`
+(the paper's): each plan reasons first, and the expert also attends to that reasoning's K/V.
+
+Paper: SpanVLA 3.1.2 and 3.2. Deviations: the concurrent schedule; every picture is encoded as a
+still, so that vision is cached by camera and stamp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from spanvla_ros.geometry import world_from_local
+from spanvla_ros.model.checkpoint import load_model_dir
+from spanvla_ros.model.flow import (
+    Normalization,
+    decode_trajectory,
+    euler,
+    load_normalization,
+    source_path,
+    start_state,
+    time_features,
+)
+from spanvla_ros.model.inputs import ego_features, pixels
+from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
+from spanvla_ros.model.reasoning import agreement, meta_action
+from spanvla_ros.runtime.backend import Backend, open_backend
+from spanvla_ros.runtime.reasoner import Prompt, Reasoner, Reasoning, ThinkMeter, padded
+from spanvla_ros.types import (
+    SCHEDULES,
+    CameraFrame,
+    EgoState,
+    Observation,
+    Plan,
+    PlanError,
+    SpanvlaError,
+    StageTimes,
+    Trajectory,
+)
+
+REASONING_MAX_AGE_S = 2.0
+SLICE_MS = 10.0
+VISION_KEEP_S = 0.5
+STANDSTILL_MPS = 0.3
+STANDSTILL_TRAVEL_M = 0.5
+CREEP_MPS = 0.2
+NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """Bridged K/V in S slots, and what they were made from."""
+
+    stamp_ns: int
+    image_stamps_ns: tuple[int | None, ...]
+    reasoning: str
+    reasoning_stamp_ns: int | None
+    thinking: str
+    keys: Float32[np.ndarray, 'b 1 g s e']
+    values: Float32[np.ndarray, 'b 1 g s e']
+    valid: Float32[np.ndarray, '1 s']
+
+
+class Planner:
+    """Plans of one model; keeps vision and K/V of recent frames and the last reasoning.
+
+    Not safe for use from two threads at once: `plan` and `reason_slice` share the backend.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        layout: PromptLayout,
+        normalization: Normalization,
+        *,
+        schedule: str | None = None,
+        steps: int | None = None,
+        vision_every: int = 1,
+        model_sha256: str = '',
+        frame_id: str = 'odom',
+    ) -> None:
+        """Take a loaded model.
+
+        Args:
+            backend: the engine.
+            layout: token layout of the same model.
+            normalization: of the same model.
+            schedule: `sequential`, `concurrent` or `off`; None takes the model's own.
+            steps: Euler steps; None takes the model's own.
+            vision_every: encode pictures on every n-th frame; between them the expert runs on
+                K/V no older than the model's `kv_max_age_s`.
+            model_sha256: the model's name for the plans' record.
+            frame_id: name of the odometry frame.
+        """
+        config = backend.config
+        self.schedule = config.schedule if schedule is None else schedule
+        self.steps = config.steps if steps is None else steps
+        if self.schedule not in SCHEDULES:
+            raise SpanvlaError(
+                f'schedule {self.schedule!r} is not known; use one of {", ".join(SCHEDULES)}'
+            )
+        if self.steps < 1 or vision_every < 1:
+            raise SpanvlaError('steps and vision_every must be at least 1; raise them')
+        self.backend = backend
+        self.config = config
+        self.layout = layout
+        self.vision_every = vision_every
+        self._normalization = normalization
+        self._model_sha256 = model_sha256
+        self._frame_id = frame_id
+        self._reasoner = Reasoner(backend, layout)
+        self._plans = 0
+        self.pictures_encoded = 0
+        self.reset()
+
+    @staticmethod
+    def open(
+        model_dir: str | Path,
+        backend: str = 'auto',
+        *,
+        schedule: str | None = None,
+        steps: int | None = None,
+        vision_every: int = 1,
+    ) -> Planner:
+        """Verify a model directory, load it on an engine and warm it up."""
+        directory = load_model_dir(model_dir)
+        engine = open_backend(directory, backend)
+        planner = Planner(
+            engine,
+            PromptLayout(directory.config, load_tokenizer(directory.path)),
+            load_normalization(directory.path, directory.config),
+            schedule=schedule,
+            steps=steps,
+            vision_every=vision_every,
+            model_sha256=directory.sha256,
+        )
+        planner.warm_up()
+        return planner
+
+    @property
+    def meter(self) -> ThinkMeter:
+        """Slow and fast thinking so far, and the decoding rate."""
+        return self._reasoner.meter
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """The last finished reasoning, however old."""
+        return self._reasoning
+
+    def reset(self) -> None:
+        """Forget cached vision, K/V and reasoning, as after a clock jump."""
+        self._vision: dict[tuple[str, int], Float32[np.ndarray, 'n d']] = {}
+        self._bridge: Bridge | None = None
+        self._prompt: Prompt | None = None
+        self._reasoning: Reasoning | None = None
+        self._since_vision = 0
+        self._reasoner.reset()
+
+    def warm_up(self) -> None:
+        """Run every graph once on a blank observation, then forget it."""
+        config = self.config
+        blank = np.zeros((config.height_px, config.width_px, 3), dtype=np.uint8)
+        frames = tuple(
+            (CameraFrame(name, 0, blank),) * config.frames_per_camera
+            for name in config.camera_names
+        )
+        observation = Observation(
+            stamp_ns=0,
+            frames=frames,
+            ego=EgoState(0, 0.0, 0.0, 0.0, 0.0),
+            history=np.zeros((config.history_poses, 3)),
+            history_valid=np.zeros(config.history_poses, dtype=np.bool_),
+            route=None,
+        )
+        self.plan(observation)
+        if self.schedule == 'concurrent':
+            self.reason_slice(budget_ms=0.0)
+            self.reason_slice(budget_ms=0.0)
+        self.reset()
+        self._plans = self.pictures_encoded = 0
+
+    def plan(self, observation: Observation) -> Plan:
+        """Make a plan.
+
+        An observation that carries a reasoning keeps it, so that a plan can be made again from
+        its record; else the last finished reasoning enters, if it is younger than 2 s.
+
+        Raises:
+            PlanError: the model gave a number that is not finite.
+        """
+        began = time.perf_counter()
+        observation = self._with_reasoning(observation)
+        times = _Stopwatch()
+        bridge = self._condition(observation, times)
+        poses = self._flow(observation, bridge)
+        times.lap('step_ms')
+        if not np.isfinite(poses).all():
+            raise PlanError('plan: the model gave a number that is not finite; check its files')
+        poses = settled(poses, self.config.times_s, observation.ego.speed_mps)
+        total_ms = (time.perf_counter() - began) * 1e3
+        self._plans += 1
+        return self._record(observation, bridge, poses, times.stages(total_ms))
+
+    def reason_slice(
+        self, budget_ms: float = SLICE_MS, tokens: int | None = None
+    ) -> Reasoning | None:
+        """Work on the concurrent reasoning for one slice; returns one that has just finished.
+
+        A new episode starts from the newest planned frame. Call it between frames; it does
+        nothing under other schedules.
+
+        Args:
+            budget_ms: wall time to stay within, about.
+            tokens: most tokens in this slice; with an infinite budget the result does not depend
+                on the clock (lockstep and replay).
+        """
+        if self.schedule != 'concurrent':
+            return None
+        if not self._reasoner.busy:
+            if self._prompt is None:
+                return None
+            self._reasoner.start(self._prompt)
+            self._prompt = None
+        finished = self._reasoner.advance(budget_ms, tokens)
+        if finished is not None:
+            self._reasoning = finished
+        return finished
+
+    def _with_reasoning(self, observation: Observation) -> Observation:
+        if self.schedule != 'concurrent':
+            return replace(observation, reasoning='', reasoning_stamp_ns=None)
+        last = self._reasoning
+        if observation.reasoning or last is None or not last.text:
+            return observation
+        age_s = (observation.stamp_ns - last.stamp_ns) / NS
+        if not 0 <= age_s <= REASONING_MAX_AGE_S:
+            return observation
+        return replace(observation, reasoning=last.text, reasoning_stamp_ns=last.stamp_ns)
+
+    def _condition(self, observation: Observation, times: _Stopwatch) -> Bridge:
+        """Bridged K/V for this plan: fresh, or cached between vision frames."""
+        cached = self._bridge
+        if cached is not None and self.schedule != 'sequential':
+            age_s = (observation.stamp_ns - cached.stamp_ns) / NS
+            turn = self._since_vision + 1 < self.vision_every
+            if turn and 0 <= age_s <= self.config.kv_max_age_s:
+                self._since_vision += 1
+                return cached
+        self._since_vision = 0
+        ids, valid = self.layout.encode(observation)
+        embeds = self._encode_pictures(observation)
+        times.lap('vision_ms')
+        prompt = Prompt(observation.stamp_ns, ids[None], embeds, valid[None].astype(np.float32))
+        self._prompt = prompt
+        if self.schedule == 'sequential':
+            self._bridge = self._reasoned_bridge(observation, prompt)
+            times.lap('reason_ms')
+        else:
+            self._bridge = self._prompt_bridge(observation, prompt)
+            times.lap('prefill_ms')
+        return self._bridge
+
+    def _prompt_bridge(self, observation: Observation, prompt: Prompt) -> Bridge:
+        config = self.config
+        keys, values = self.backend.prefill_action(prompt.ids, prompt.embeds, prompt.valid)
+        return Bridge(
+            stamp_ns=observation.stamp_ns,
+            image_stamps_ns=_image_stamps(observation),
+            reasoning=observation.reasoning,
+            reasoning_stamp_ns=observation.reasoning_stamp_ns,
+            thinking='none' if self._reasoning is None else self._reasoning.thinking,
+            keys=padded(keys, config.sequence_tokens),
+            values=padded(values, config.sequence_tokens),
+            valid=np.pad(prompt.valid, ((0, 0), (0, config.answer_tokens))),
+        )
+
+    def _reasoned_bridge(self, observation: Observation, prompt: Prompt) -> Bridge:
+        said, cache = self._reasoner.run(prompt)
+        self._reasoning = said
+        layers = slice(None, None, self.config.interval)
+        return Bridge(
+            stamp_ns=observation.stamp_ns,
+            image_stamps_ns=_image_stamps(observation),
+            reasoning=said.text,
+            reasoning_stamp_ns=said.stamp_ns,
+            thinking=said.thinking,
+            keys=np.ascontiguousarray(cache.keys[layers]),
+            values=np.ascontiguousarray(cache.values[layers]),
+            valid=cache.valid,
+        )
+
+    def _encode_pictures(self, observation: Observation) -> Float32[np.ndarray, 'i d']:
+        rows: list[Float32[np.ndarray, 'n d'] | None] = []
+        for frame in (frame for camera in observation.frames for frame in camera):
+            if frame is None:
+                rows.append(None)
+                continue
+            key = frame.camera, frame.stamp_ns
+            if key not in self._vision:
+                picture = pixels(frame.image, self.config.height_px, self.config.width_px)
+                self._vision[key] = self.backend.vision(picture)
+                self.pictures_encoded += 1
+            rows.append(self._vision[key])
+        span_s = (self.config.frames_per_camera - 1) * self.config.frame_lag_s + VISION_KEEP_S
+        oldest_ns = observation.stamp_ns - round(span_s * NS)
+        self._vision = {
+            key: row
+            for key, row in self._vision.items()
+            if oldest_ns <= key[1] <= observation.stamp_ns + round(VISION_KEEP_S * NS)
+        }
+        present = next((row for row in rows if row is not None), None)
+        if present is None:
+            raise SpanvlaError('observation: holds no picture at all; give the anchor camera')
+        return np.concatenate([np.zeros_like(present) if row is None else row for row in rows])
+
+    def _flow(self, observation: Observation, bridge: Bridge) -> Float64[np.ndarray, 't 3']:
+        config = self.config
+        ego = ego_features(observation)[None]
+
+        def velocity(x: np.ndarray, at: float) -> np.ndarray:
+            features = time_features(at)[None]
+            return self.backend.step(
+                x[None], features, ego, bridge.keys, bridge.values, bridge.valid
+            )[0]
+
+        start = start_state(config.source, config.waypoints)
+        x: Float32[np.ndarray, 't 3'] = euler(velocity, start, self.steps)
+        source = source_path(config.source, observation, config.times_s)
+        return decode_trajectory(x, source, self._normalization.std)
+
+    def _record(
+        self,
+        observation: Observation,
+        bridge: Bridge,
+        poses: Float64[np.ndarray, 't 3'],
+        stage_ms: StageTimes,
+    ) -> Plan:
+        ego, times_s = observation.ego, self.config.times_s
+        route = observation.route
+        return Plan(
+            plan_id=self._plans,
+            trajectory=Trajectory(
+                observation.stamp_ns, self._frame_id, times_s, world_from_local(ego.pose, poses)
+            ),
+            origin=(ego.x_m, ego.y_m, ego.yaw_rad),
+            image_stamps_ns=bridge.image_stamps_ns,
+            kv_stamp_ns=bridge.stamp_ns,
+            schedule=self.schedule,
+            steps=self.steps,
+            speed_mps=ego.speed_mps,
+            accel_mps2=ego.accel_mps2,
+            yaw_rate_radps=ego.yaw_rate_radps,
+            thinking=bridge.thinking,
+            reasoning=bridge.reasoning,
+            reasoning_stamp_ns=bridge.reasoning_stamp_ns,
+            decision=str(meta_action(times_s, poses, ego.speed_mps, observation.command)),
+            agreement=agreement(
+                bridge.reasoning, times_s, poses, ego.speed_mps, observation.command
+            ),
+            history=tuple((x, y, yaw) for x, y, yaw in observation.history.tolist()),
+            history_valid=tuple(observation.history_valid.tolist()),
+            route=None if route is None else tuple((x, y) for x, y in route.tolist()),
+            route_hash='' if route is None else hashlib.sha256(route.tobytes()).hexdigest()[:16],
+            command=observation.command,
+            degraded=observation.degraded,
+            stage_ms=stage_ms,
+            model_sha256=self._model_sha256,
+            backend=self.backend.name,
+        )
+
+
+def _image_stamps(observation: Observation) -> tuple[int | None, ...]:
+    return tuple(
+        None if frame is None else frame.stamp_ns
+        for camera in observation.frames
+        for frame in camera
+    )
+
+
+def settled(
+    poses: Float64[np.ndarray, 't 3'], times_s: Float64[np.ndarray, 't'], speed_mps: float
+) -> Float64[np.ndarray, 't 3']:
+    """The plan without wriggling near standstill and without reversing.
+
+    A pose that has not moved on along the last kept pose's heading by at least 0.2 m/s since the
+    previous time repeats the kept pose; progress adds up, so slow starts stay. A standing car
+    whose whole plan leads less than 0.5 m ahead stays where it is. Faster parts of a plan are
+    never touched.
+
+    Args:
+        poses: poses in `base_link`.
+        times_s: their times.
+        speed_mps: present speed.
+    """
+    calm = poses.copy()
+    kept = np.zeros(3)
+    for index, step_s in enumerate(np.diff(times_s, prepend=0.0)):
+        dx, dy = poses[index, 0] - kept[0], poses[index, 1] - kept[1]
+        ahead_m = np.cos(kept[2]) * dx + np.sin(kept[2]) * dy
+        if ahead_m >= CREEP_MPS * step_s:
+            kept = poses[index]
+        calm[index] = kept
+    if abs(speed_mps) < STANDSTILL_MPS and np.hypot(*calm[-1, :2]) < STANDSTILL_TRAVEL_M:
+        calm[:] = 0.0
+    return calm
+
+
+class _Stopwatch:
+    """Wall time of the named parts, each since the one before."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._spent_ms = {'vision_ms': 0.0, 'prefill_ms': 0.0, 'reason_ms': 0.0, 'step_ms': 0.0}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._spent_ms[name] = (now - self._last) * 1e3
+        self._last = now
+
+    def stages(self, total_ms: float) -> StageTimes:
+        return StageTimes(total_ms=total_ms, **self._spent_ms)
+
+
+def plan_again(planner: Planner, observation: Observation, plan: Plan) -> Plan:
+    """Make a plan a second time from `observations.observation_of` its record.
+
+    Raises:
+        SpanvlaError: the record was made with other settings, or on K/V of an earlier picture
+            (then make the plan of that picture again first).
+    """
+    if (plan.schedule, plan.steps) != (planner.schedule, planner.steps):
+        raise SpanvlaError(
+            f'plan {plan.plan_id}: made with schedule {plan.schedule} and {plan.steps} steps; '
+            'open the planner with these'
+        )
+    if plan.kv_stamp_ns != plan.trajectory.stamp_ns:
+        raise SpanvlaError(
+            f'plan {plan.plan_id}: ran on K/V of an earlier picture; make that plan again'
+        )
+    planner.reset()
+    again: Plan = planner.plan(observation)
+    return again

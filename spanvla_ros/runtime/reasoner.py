@@ -1,0 +1,239 @@
+"""Reasoning by greedy decoding through the exported graphs, in slices that fit between frames.
+
+An episode is one reasoning of one frame: `prefill_reason`, then a token at a time. Tokens are
+constrained to text: `<think>` is given, then words until `</think>` or `<action_start>`, at most
+R tokens in all. The prompt's own reasoning slot is masked here, so that a reasoning reads the
+pictures and never its predecessor.
+
+Paper: SpanVLA 3.1.2 and Fig. 4: the model chooses slow or fast thinking by its first words.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from spanvla_ros.model.prompt import FAST_TEXT, PromptLayout
+from spanvla_ros.runtime.backend import Backend
+
+ENDING_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The inputs of a prefill, and the stamp of their anchor picture."""
+
+    stamp_ns: int
+    ids: Int64[np.ndarray, '1 p']
+    embeds: Float32[np.ndarray, 'i d']
+    valid: Float32[np.ndarray, '1 p']
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """A finished reasoning; `text` is empty where the model chose fast thinking."""
+
+    stamp_ns: int
+    text: str
+    thinking: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class AnswerCache:
+    """Keys and values of prompt and answer in S slots, and which slots may be attended."""
+
+    keys: Float32[np.ndarray, 'l 1 g s e']
+    values: Float32[np.ndarray, 'l 1 g s e']
+    valid: Float32[np.ndarray, '1 s']
+
+
+@dataclass
+class ThinkMeter:
+    """How often the model chose slow thinking, and how fast it reasons."""
+
+    slow: int = 0
+    fast: int = 0
+    tokens: int = 0
+    spent_s: float = 0.0
+
+    def count(self, reasoning: Reasoning) -> None:
+        """Count a finished reasoning."""
+        self.slow += reasoning.thinking == 'slow'
+        self.fast += reasoning.thinking == 'fast'
+
+    @property
+    def slow_share(self) -> float:
+        """Share of finished reasonings that were slow, 0 before the first."""
+        return self.slow / max(1, self.slow + self.fast)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens in a second of decoding."""
+        return self.tokens / self.spent_s if self.spent_s > 0 else 0.0
+
+
+class Reasoner:
+    """One reasoning episode at a time; `advance` works on it within a budget."""
+
+    def __init__(self, backend: Backend, layout: PromptLayout) -> None:
+        """Work with `backend` and the token layout of its model."""
+        self._backend = backend
+        self._layout = layout
+        self._fast_words = layout.encode_answer('', 'fast')[1:-2]
+        self._text_mask: Bool[np.ndarray, 'v'] | None = None
+        self.meter = ThinkMeter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop the episode under way."""
+        self._prompt: Prompt | None = None
+        self._cache: AnswerCache | None = None
+        self._logits: np.ndarray | None = None
+        self._answer: list[int] = []
+        self._operation_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether an episode is under way."""
+        return self._prompt is not None
+
+    def start(self, prompt: Prompt) -> None:
+        """Begin an episode; one under way is dropped."""
+        self.reset()
+        valid = prompt.valid.copy()
+        valid[:, self._layout.slot] = 0.0
+        self._prompt = Prompt(prompt.stamp_ns, prompt.ids, prompt.embeds, valid)
+
+    def advance(self, budget_ms: float, tokens: int | None = None) -> Reasoning | None:
+        """Work on the episode; returns it when it ends.
+
+        Does at least one graph call, and starts no further one that would, by the time of the
+        last, end after the budget. With `tokens` the work does not depend on the clock if the
+        budget is infinite.
+
+        Args:
+            budget_ms: wall time to stay within.
+            tokens: most tokens to decode in this slice.
+        """
+        began = time.perf_counter()
+        done = 0
+        while self.busy and (tokens is None or done < tokens):
+            spent_s = time.perf_counter() - began
+            if done and (spent_s + self._operation_s) * 1e3 > budget_ms:
+                break
+            finished = self._operate()
+            done += 1
+            if finished is not None:
+                return finished
+        return None
+
+    def run(self, prompt: Prompt) -> tuple[Reasoning, AnswerCache]:
+        """A whole episode at once with the action start appended (schedule `sequential`).
+
+        Returns:
+            The reasoning, and keys and values of prompt and answer for the expert.
+        """
+        self.start(prompt)
+        reasoning: Reasoning | None = None
+        while reasoning is None:
+            reasoning = self._operate(keep=True)
+        closing = [self._layout.think_end_id, self._layout.action_start_id]
+        for token in closing[closing.index(self._answer[-1]) :]:
+            self._feed(token)
+        assert self._cache is not None
+        cache = self._cache
+        self.reset()
+        return reasoning, cache
+
+    def _operate(self, *, keep: bool = False) -> Reasoning | None:
+        began = time.perf_counter()
+        finished = None
+        if self._cache is None:
+            self._prefill()
+        else:
+            finished = self._next_token()
+        self._operation_s = time.perf_counter() - began
+        self.meter.spent_s += self._operation_s
+        if finished is not None:
+            self.meter.count(finished)
+            if not keep:
+                self.reset()
+        return finished
+
+    def _prefill(self) -> None:
+        prompt, config = self._prompt, self._backend.config
+        assert prompt is not None
+        keys, values, _ = self._backend.prefill_reason(prompt.ids, prompt.embeds, prompt.valid)
+        self._cache = AnswerCache(
+            padded(keys, config.sequence_tokens),
+            padded(values, config.sequence_tokens),
+            np.pad(prompt.valid, ((0, 0), (0, config.answer_tokens))),
+        )
+
+    def _next_token(self) -> Reasoning | None:
+        layout = self._layout
+        if self._logits is None:
+            self._answer.append(layout.think_id)
+            self._feed(layout.think_id)
+            return None
+        token = self._choose(self._logits[0])
+        room = self._backend.config.answer_tokens - ENDING_TOKENS
+        if len(self._answer) >= room:
+            token = layout.think_end_id
+        self._answer.append(token)
+        self.meter.tokens += 1
+        if token in (layout.think_end_id, layout.action_start_id):
+            return self._finished()
+        self._feed(token)
+        return None
+
+    def _choose(self, logits: Float32[np.ndarray, 'v']) -> int:
+        if self._text_mask is None or len(self._text_mask) != len(logits):
+            self._text_mask = self._layout.reasoning_mask(len(logits))
+        return int(np.argmax(np.where(self._text_mask, logits, -np.inf)))
+
+    def _feed(self, token: int) -> None:
+        cache = self._cache
+        assert cache is not None
+        slot = self._backend.config.prompt_tokens + self._fed
+        self._logits, keys, values = self._backend.decode(
+            np.array([[token]], dtype=np.int64),
+            np.array([slot], dtype=np.int64),
+            cache.keys,
+            cache.values,
+            cache.valid,
+        )
+        cache.keys[:, :, :, slot : slot + 1] = keys
+        cache.values[:, :, :, slot : slot + 1] = values
+        cache.valid[:, slot] = 1.0
+
+    @property
+    def _fed(self) -> int:
+        assert self._cache is not None
+        return int(self._cache.valid[0, self._backend.config.prompt_tokens :].sum())
+
+    def _finished(self) -> Reasoning:
+        assert self._prompt is not None
+        words = self._answer[1:-1]
+        fast = words[:1] == self._fast_words[:1].tolist() or not words
+        text = '' if fast else self._layout.decode_answer(self._answer)
+        return Reasoning(
+            self._prompt.stamp_ns,
+            '' if text.startswith(FAST_TEXT) else text,
+            'fast' if fast else 'slow',
+            len(self._answer),
+        )
+
+
+def padded(
+    cache: Float32[np.ndarray, 'l 1 g p e'], length: int
+) -> Float32[np.ndarray, 'l 1 g s e']:
+    """Keys or values with empty slots appended up to `length`."""
+    layers, batch, heads, present, size = cache.shape
+    whole = np.zeros((layers, batch, heads, length, size), dtype=cache.dtype)
+    whole[:, :, :, :present] = cache
+    return whole
