@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -91,6 +92,25 @@ def load_model_dir(path: str | Path) -> ModelDirectory:
         scores=manifest.get('scores', {}),
         sha256=model_sha256(files),
     )
+
+
+def shipped_model_dir() -> Path:
+    """The town model that comes with the package: in its source tree, else where it is installed.
+
+    Raises:
+        SpanvlaError: neither place has it.
+    """
+    source = Path(__file__).resolve().parents[2] / 'models' / 'town'
+    installed = Path(sys.prefix) / 'share' / 'spanvla_ros' / 'models' / 'town'
+    for folder in (source, installed, *_ament_models()):
+        if (folder / MANIFEST_FILE).is_file():
+            return folder
+    raise SpanvlaError(f'{source}: the town model is not there; name one with --model')
+
+
+def _ament_models() -> list[Path]:
+    prefixes = os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)
+    return [Path(p) / 'share' / 'spanvla_ros' / 'models' / 'town' for p in prefixes if p]
 
 
 def model_sha256(files: Mapping[str, str]) -> str:

@@ -114,7 +114,7 @@ class Planner:
         self.layout = layout
         self.vision_every = vision_every
         self._normalization = normalization
-        self._model_sha256 = model_sha256
+        self.model_sha256 = model_sha256
         self._frame_id = frame_id
         self._reasoner = Reasoner(backend, layout)
         self._plans = 0
@@ -154,6 +154,12 @@ class Planner:
     def reasoning(self) -> Reasoning | None:
         """The last finished reasoning, however old."""
         return self._reasoning
+
+    @property
+    def busy(self) -> bool:
+        """Whether `reason_slice` has something left to work on."""
+        waiting = self._reasoner.busy or self._prompt is not None
+        return self.schedule == 'concurrent' and waiting
 
     def reset(self) -> None:
         """Forget cached vision, K/V and reasoning, as after a clock jump."""
@@ -372,7 +378,7 @@ class Planner:
             command=observation.command,
             degraded=observation.degraded,
             stage_ms=stage_ms,
-            model_sha256=self._model_sha256,
+            model_sha256=self.model_sha256,
             backend=self.backend.name,
         )
 
