@@ -223,16 +223,19 @@ def person(
 
 
 def signal(pose: tuple[float, float, float], *, red: bool) -> tuple[Box, ...]:
-    """A traffic light on a pole; `pose` faces along the traffic, which sees its rear face."""
+    """A traffic light on a pole; `pose` faces along the traffic, which sees its rear face.
+
+    It hangs low: a car waiting at the line, 6 m before it, must still have red in its picture.
+    """
     lamps = (
-        Patch('rear', 0.4, -0.4, 3.5, 4.3, SIGNAL_RED if red else (60, 25, 25),
+        Patch('rear', 0.4, -0.4, 2.4, 3.05, SIGNAL_RED if red else (60, 25, 25),
               elements.RED if red else elements.OTHER, lit=red),
-        Patch('rear', 0.4, -0.4, 2.6, 3.4, (25, 60, 30) if red else SIGNAL_GREEN,
+        Patch('rear', 0.4, -0.4, 1.65, 2.3, (25, 60, 30) if red else SIGNAL_GREEN,
               elements.OTHER if red else elements.GREEN, lit=not red),
     )  # fmt: skip
     return (
-        Box(*pose, 0.2, 0.2, 2.5, (70, 70, 70), elements.OTHER),
-        Box(*pose, 0.3, 1.0, 1.9, (25, 25, 25), elements.OTHER, 2.5, lamps),
+        Box(*pose, 0.2, 0.2, 1.6, (70, 70, 70), elements.OTHER),
+        Box(*pose, 0.3, 1.0, 1.5, (25, 25, 25), elements.OTHER, 1.6, lamps),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -21,14 +21,23 @@ from jaxtyping import Bool, Float64, UInt8
 from numpy.typing import ArrayLike
 
 from spanvla_ros.model.config import CameraSpec
-from spanvla_ros.town.elements import OTHER, Box, GroundPolygon, Tint
-from spanvla_ros.town.polygons import Polygons, clip, joined, pack_ground, select
+from spanvla_ros.town.elements import MARKING, OTHER, ROAD, Box, GroundPolygon, Tint
+from spanvla_ros.town.polygons import (
+    Polygons,
+    clip,
+    following_corners,
+    joined,
+    pack_ground,
+    select,
+)
 from spanvla_ros.town.solids import Solids
 
 NEAR_M = 0.3
 SHIFT = 4
 # Fills are clipped a little outside the view: the edge of the cut must not be seen.
 SIDE_MARGIN = 1.25
+FULL_MARKING_PX = 0.8
+FAINTEST = 0.12
 
 Outline = np.ndarray
 
@@ -118,6 +127,7 @@ class Renderer:
         self._horizon = [_horizon_row(camera) for camera in self.cameras]
         self._ground: Sequence[GroundPolygon] | None = None
         self._packed = pack_ground(())
+        self._road_color = np.zeros(3)
 
     def draw(
         self,
@@ -155,6 +165,24 @@ class Renderer:
             _paint_classes(classes[index], polygons, outlines)
         return images, classes
 
+    def _faded(
+        self, polygons: Polygons, pixels: Float64[np.ndarray, 'n 2']
+    ) -> tuple[Polygons, Float64[np.ndarray, 'n 2']]:
+        """Markings thinner than a pixel, mixed with the road below them or left out.
+
+        An anti-aliased fill is never thinner than a pixel: far lines would cover the road.
+        """
+        marking = polygons.class_ids == MARKING
+        if not marking.any():
+            return polygons, pixels
+        share = np.minimum(_thickness_px(polygons, pixels) / FULL_MARKING_PX, 1.0)
+        share = np.where(marking, share, 1.0)
+        keep = share > FAINTEST
+        mixed = share[:, None] * polygons.colors + (1.0 - share)[:, None] * self._road_color
+        counts = np.diff(np.append(polygons.start, len(pixels)))
+        polygons = select(replace(polygons, colors=mixed), polygons.points, keep)
+        return polygons, pixels[np.repeat(keep, counts)]
+
     def _blank_images(self) -> UInt8[np.ndarray, 'c h w 3']:
         return np.empty((len(self.cameras), self.height_px, self.width_px, 3), np.uint8)
 
@@ -166,6 +194,7 @@ class Renderer:
     ) -> Iterator[tuple[int, Polygons, list[Outline]]]:
         if self._ground is not ground:
             self._packed = pack_ground(ground)
+            self._road_color = _mean_color(self._packed, ROAD)
             # A list could change behind our back, so only a tuple is remembered.
             self._ground = ground if isinstance(ground, tuple) else None
         solids = Solids(boxes)
@@ -178,7 +207,9 @@ class Renderer:
             polygons = _clipped(
                 joined(_reaching(self._packed, view), _reaching(faces[key], view)), view
             )
-            yield index, polygons, _outlines(polygons, view)
+            pixels = _pixels(view, polygons.points)
+            polygons, pixels = self._faded(polygons, pixels)
+            yield index, polygons, _outlines(polygons, pixels)
 
 
 def _camera_from_world(view: View, points: Float64[np.ndarray, 'n 3']) -> np.ndarray:
@@ -229,9 +260,25 @@ def _clipped(polygons: Polygons, view: View) -> Polygons:
     return clip(polygons, (span, 1.0, 0.0), 0.0)
 
 
-def _outlines(polygons: Polygons, view: View) -> list[Outline]:
+def _thickness_px(
+    polygons: Polygons, pixels: Float64[np.ndarray, 'n 2']
+) -> Float64[np.ndarray, ' p']:
+    """How wide each polygon is across its long side, by its area and outline."""
+    edge = pixels[following_corners(polygons)] - pixels
+    twice_area = pixels[:, 0] * edge[:, 1] - pixels[:, 1] * edge[:, 0]
+    area = 0.5 * np.abs(np.add.reduceat(twice_area, polygons.start))
+    outline = np.add.reduceat(np.sqrt((edge**2).sum(axis=1)), polygons.start)
+    return 2.0 * area / np.maximum(outline, 1e-9)
+
+
+def _mean_color(polygons: Polygons, class_id: int) -> Float64[np.ndarray, '3']:
+    chosen = polygons.colors[polygons.class_ids == class_id]
+    return chosen.mean(axis=0) if len(chosen) else np.zeros(3)
+
+
+def _outlines(polygons: Polygons, pixels: Float64[np.ndarray, 'n 2']) -> list[Outline]:
     """Each polygon's corners in fixed-point pixels, as OpenCV's fills take them."""
-    corners = np.rint(_pixels(view, polygons.points) * (1 << SHIFT)).astype(np.int32)
+    corners = np.rint(pixels * (1 << SHIFT)).astype(np.int32)
     start = polygons.start.tolist()
     return [corners[i:j] for i, j in zip(start, [*start, len(corners)][1:], strict=True)]
 

@@ -85,6 +85,17 @@ def joined(first: Polygons, second: Polygons) -> Polygons:
     )
 
 
+def following_corners(polygons: Polygons) -> Int64[np.ndarray, ' n']:
+    """The index of the next corner round each corner's own polygon."""
+    return _following(len(polygons.points), polygons.start)
+
+
+def _following(count: int, start: Int64[np.ndarray, ' p']) -> Int64[np.ndarray, ' n']:
+    following = np.arange(1, count + 1)
+    following[np.append(start[1:], count) - 1] = start
+    return following
+
+
 def _rebuilt(
     polygons: Polygons, points: np.ndarray, counts: np.ndarray, keep: np.ndarray
 ) -> Polygons:
@@ -96,13 +107,6 @@ def _rebuilt(
         polygons.convex[keep],
         polygons.lit[keep],
     )
-
-
-def _following(count: int, start: Int64[np.ndarray, ' p']) -> Int64[np.ndarray, ' n']:
-    """The index of the next corner round each corner's own polygon."""
-    following = np.arange(1, count + 1)
-    following[np.append(start[1:], count) - 1] = start
-    return following
 
 
 def _convex(points: Float64[np.ndarray, 'n 2'], start: Int64[np.ndarray, ' p']) -> np.ndarray:
