@@ -4,7 +4,8 @@ Paper: SpanVLA, mReasoning (Figs. 3 and S2): critical components -> decision fro
 action space -> short trace. The rules that read a decision off a trajectory follow AutoVLA's
 action hint (stop 0.3 m/s, constant 0.8 m/s, lane change 4 m full, 2 m begun); here a stop is
 taken at 0.5 m/s, because a generated trajectory wavers more than a driven one, and lateral offset
-is measured against the arc that joins start and end heading, so that a curve is no lane change.
+is measured against the arc that joins start and end heading and counts only where the road runs
+straight on (less than 0.1 rad of turn), so that a curve is no lane change.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SPEED_DIP_MPS = 2.0
 TURN_RAD = 0.52
 TURN_COMMANDED_RAD = 0.26
 LANE_CHANGE_M = 2.0
-LANE_CHANGE_MAX_TURN_RAD = 0.35
+LANE_CHANGE_MAX_TURN_RAD = 0.1
 LATERAL_MIN_DISTANCE_M = 3.0
 SPEED_WINDOW_S = 0.5
 
