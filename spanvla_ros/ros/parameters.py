@@ -87,13 +87,13 @@ class PlannerSettings:
     )
     use_cv_bridge: bool = setting(False, 'convert raw images with cv_bridge where installed')
     sync_wait_ms: float = setting(
-        8.0, 'how long the other cameras are waited for after the anchor image', low=0.0, high=100.0
+        8.0, 'how long the other cameras are waited for after the anchor', low=0.0, high=100.0
     )
     reason_slice_ms: float = setting(
         10.0, 'longest slice of reasoning between frames', low=1.0, high=50.0
     )
     overlay_hz: float = setting(2.0, 'rate of the overlay picture; 0 is off', low=0.0, high=30.0)
-    warm_up_runs: int = setting(3, 'plans made and thrown away in configure', low=0, high=20)
+    vision_every: int = setting(1, 'encode pictures on every n-th frame', low=1, high=10)
     input_timeout_s: float = setting(
         0.5, 'an input older than this is reported as stale', low=0.05, high=60.0
     )
@@ -125,6 +125,9 @@ class TownSettings:
     vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
     wait_for_driver: bool = setting(
         True, 'hold the world still until the first command that moves the car'
+    )
+    reference_plans: bool = setting(
+        False, 'publish plans of the reference driver, for a drive without a planner'
     )
     command_timeout_s: float = setting(
         0.5, 'without a command for this long the car brakes by itself', low=0.05, high=5.0

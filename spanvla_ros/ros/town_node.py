@@ -31,9 +31,11 @@ from spanvla_ros.ros.parameters import TownSettings, declare
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.scoring.scene import scene_to_json
 from spanvla_ros.town.camera import Renderer, camera_matrix
+from spanvla_ros.town.driver import ReferenceDriver
 from spanvla_ros.town.elements import Box, Tint
 from spanvla_ros.town.scenarios import make_world, ranges_sha256
-from spanvla_ros.types import DriveCommand, EgoState, SceneMap, Vehicle
+from spanvla_ros.town.traffic import World
+from spanvla_ros.types import DriveCommand, EgoState, Observation, SceneMap, Vehicle
 
 ODOMETRY_HZ = 50.0
 SCENE_PERIOD_S = 0.1
@@ -51,6 +53,7 @@ class Exposure:
     pose: np.ndarray
     boxes: tuple[Box, ...]
     tint: Tint
+    world: World | None = None
 
 
 class TownNode(Node):
@@ -97,6 +100,8 @@ class TownNode(Node):
         self._status = self.create_publisher(String, 'town/status', latched)
         kind = CompressedImage if self.settings.image_transport == 'compressed' else Image
         tail = '/compressed' if kind is CompressedImage else ''
+        self._plans = self.create_publisher(String, 'plan', 1)
+        self._plan_id = 0
         self._images = {}
         self._infos = {}
         for camera in self.cameras:
@@ -169,7 +174,7 @@ class TownNode(Node):
             return DriveCommand(0.0, 0.0, -limit.max_decel_mps2, 0.0, True, 'no command')
         twist = command[0]
         speed_mps, yaw_rate_radps = float(twist.linear.x), float(twist.angular.z)
-        curvature = yaw_rate_radps / max(abs(speed_mps), 0.5)
+        curvature = yaw_rate_radps / max(speed_mps, ego.speed_mps, 0.1)
         accel_mps2 = min(
             max((speed_mps - ego.speed_mps) / 0.2, -limit.max_decel_mps2), limit.max_accel_mps2
         )
@@ -179,7 +184,8 @@ class TownNode(Node):
 
     def _expose(self, stamp_ns: int) -> None:
         ego = self.world.ego
-        exposure = Exposure(stamp_ns, ego.pose, tuple(self.world.boxes()), self.world.tint)
+        twin = self.world.clone() if self.settings.reference_plans else None
+        exposure = Exposure(stamp_ns, ego.pose, self.world.boxes(), self.world.tint, twin)
         try:
             self._exposures.put_nowait(exposure)
         except queue.Full:
@@ -258,6 +264,8 @@ class TownNode(Node):
             begin_s = time.perf_counter()
             pictures = renderer.draw(ground, exposure.boxes, exposure.tint, exposure.pose)
             drawn_s = time.perf_counter()
+            if exposure.world is not None:
+                self._publish_reference_plan(exposure.world, exposure.stamp_ns)
             for camera, picture in zip(self.cameras, pictures, strict=True):
                 self._publish_picture(camera, picture, exposure.stamp_ns)
             self._meter.add(
@@ -266,6 +274,17 @@ class TownNode(Node):
                     'publish_ms': (time.perf_counter() - drawn_s) * 1e3,
                 }
             )
+
+    def _publish_reference_plan(self, world: World, stamp_ns: int) -> None:
+        none = np.zeros((0, 3))
+        ego = replace(world.ego, stamp_ns=stamp_ns)
+        observation = Observation(stamp_ns, (), ego, none, np.zeros(0, np.bool_), None)
+        self._plan_id += 1
+        plan = replace(
+            ReferenceDriver(world).plan(observation),
+            plan_id=self._plan_id, image_stamps_ns=(stamp_ns,), kv_stamp_ns=stamp_ns,
+        )
+        self._plans.publish(String(data=plan.to_json()))
 
     def _publish_picture(self, camera: CameraSpec, picture: np.ndarray, stamp_ns: int) -> None:
         stamp = Time(nanoseconds=stamp_ns).to_msg()

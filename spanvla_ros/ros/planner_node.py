@@ -1,0 +1,437 @@
+"""The planner: newest pictures in, one plan for each anchor picture out, reasoning in between.
+
+Callbacks store inputs; one worker thread decodes, observes, plans and then reasons in slices
+until the next anchor picture comes, so that the middleware never waits for inference and
+inference never waits for words. A bad input or a failing model is a line in `/diagnostics`,
+never the end of the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+from geometry_msgs.msg import AccelWithCovarianceStamped
+from nav_msgs.msg import Odometry
+from nav_msgs.msg import Path as PathMessage
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+
+from spanvla_ros.messages import MessageError, read_odometry, read_route, stamp_ns_of
+from spanvla_ros.model.checkpoint import load_model_dir
+from spanvla_ros.model.config import CameraSpec
+from spanvla_ros.ros.camera_inputs import CameraInputs
+from spanvla_ros.ros.diagnostics import (
+    ERROR,
+    OK,
+    WARN,
+    DiagnosticsPublisher,
+    InputMeter,
+    StageMeter,
+    status,
+)
+from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
+from spanvla_ros.ros.parameters import PlannerSettings, declare
+from spanvla_ros.ros.process import run_node
+from spanvla_ros.runtime.observations import ObservationBuilder
+from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.types import COMMANDS, CameraFrame, EgoState, Plan, SpanvlaError
+
+RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
+ODOMETRY = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to plan."""
+
+    planner: Planner
+    builder: ObservationBuilder
+
+    @property
+    def cameras(self) -> tuple[CameraSpec, ...]:
+        """The model's cameras, the anchor first."""
+        return self.planner.config.cameras
+
+
+class PlannerNode(LifecycleNode):
+    """Lifecycle node `planner`: configure loads and warms up, activate plans."""
+
+    def __init__(self) -> None:
+        """Declare parameters and the topics that do not depend on the model."""
+        super().__init__('planner')
+        self.settings = declare(self, PlannerSettings)
+        self._model: LoadedModel | None = None
+        self._next_model: LoadedModel | None = None
+        self._cameras: CameraInputs | None = None
+        self._lock = threading.Lock()
+        self._active = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        timeout_s = self.settings.input_timeout_s
+        self._odometry_meter = InputMeter('input/odometry', timeout_s)
+        self._route_meter = InputMeter('input/route', timeout_s, required=False)
+        self._command_meter = InputMeter('input/command', timeout_s, required=False)
+        self._stages = StageMeter()
+        self._accel: float | None = None
+        self._plan_fault, self._plan_fault_s = '', -np.inf
+        self._degraded: tuple[str, ...] = ()
+        self._plans = 0
+        self._loading = ''
+        self._overlay_s = -np.inf
+        self._reasoning_stamp_ns: int | None = None
+        self._make_topics()
+
+    def _make_topics(self) -> None:
+        self._plan_out = self.create_publisher(String, 'plan', RELIABLE)
+        self._reasoning_out = self.create_publisher(String, 'output/reasoning', RELIABLE)
+        self._overlay_out = self.create_publisher(
+            CompressedImage, 'output/overlay/compressed', RELIABLE
+        )
+        subscribe = self.create_subscription
+        subscribe(Odometry, 'input/odometry', self._on_odometry, ODOMETRY)
+        subscribe(
+            AccelWithCovarianceStamped, 'input/acceleration', self._on_acceleration, ODOMETRY
+        )
+        # A bag offers its latched route as volatile, which a latched subscription never sees.
+        for profile in (LATCHED, RELIABLE):
+            subscribe(PathMessage, 'input/route', self._on_route, profile)
+        subscribe(String, 'input/command', self._on_command, RELIABLE)
+        self.create_service(Trigger, '~/reload_model', self._on_reload_model)
+        self._diagnostics = DiagnosticsPublisher(self)
+        self.create_timer(1.0, self._publish_diagnostics)
+
+    # Lifecycle.
+
+    def on_configure(self, _state: LifecycleState) -> TransitionCallbackReturn:
+        """Verify, load and warm up the model, then subscribe to its cameras."""
+        try:
+            self._model = self._load()
+        except SpanvlaError as error:
+            self.get_logger().error(str(error))
+            self._loading = str(error)
+            return TransitionCallbackReturn.FAILURE
+        topics = dict(pair.split('=', 1) for pair in self.settings.camera_topics if '=' in pair)
+        self._cameras = CameraInputs(
+            self, self._model.cameras, topics, self.settings.input_timeout_s,
+            use_cv_bridge=self.settings.use_cv_bridge,
+        )
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name='planner', daemon=True)
+        self._thread.start()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, _state: LifecycleState) -> TransitionCallbackReturn:
+        """Plan from the next anchor picture on."""
+        self._active.set()
+        self.get_logger().info('active')
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_deactivate(self, _state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop planning; the guardian brings the vehicle to a stop."""
+        self._active.clear()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_cleanup(self, _state: LifecycleState) -> TransitionCallbackReturn:
+        """Forget model and cameras."""
+        self._end_worker()
+        self._model = None
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, _state: LifecycleState) -> TransitionCallbackReturn:
+        """End the worker."""
+        self._end_worker()
+        return TransitionCallbackReturn.SUCCESS
+
+    def start(self) -> None:
+        """Configure and activate; a model that does not load ends the process with a sentence."""
+        for trigger in (self.trigger_configure, self.trigger_activate):
+            if trigger() != TransitionCallbackReturn.SUCCESS:
+                raise SpanvlaError(self._loading or 'planner: the lifecycle transition failed')
+
+    def _end_worker(self) -> None:
+        self._active.clear()
+        self._stop.set()
+        if self._cameras is not None:
+            self._cameras.wake()
+        if self._thread is not None:
+            self._thread.join(timeout=3.0)
+            self._thread = None
+        if self._cameras is not None:
+            self._cameras.close()
+            self._cameras = None
+
+    def close(self) -> None:
+        """End the worker before the node goes."""
+        self._end_worker()
+
+    # The model.
+
+    def _load(self) -> LoadedModel:
+        settings = self.settings
+        planner = Planner.open(
+            settings.model_dir,
+            settings.backend,
+            schedule=None if settings.schedule == 'model' else settings.schedule,
+            steps=settings.steps or None,
+            vision_every=settings.vision_every,
+        )
+        # What is loaded now stays: the collector need not look at it again in every pass.
+        gc.collect()
+        gc.freeze()
+        self.get_logger().info(
+            f'{settings.model_dir}: {planner.model_sha256[:12]} on {planner.backend.name}'
+        )
+        return LoadedModel(planner, ObservationBuilder(planner.config))
+
+    def _on_reload_model(
+        self, _request: Trigger.Request, response: Trigger.Response
+    ) -> Trigger.Response:
+        if self._model is None or self._loading:
+            response.success = False
+            response.message = self._loading or 'the planner is not configured'
+            return response
+        try:
+            directory = load_model_dir(self.settings.model_dir)
+        except SpanvlaError as error:
+            response.success, response.message = False, str(error)
+            return response
+        if directory.config.cameras != self._model.cameras:
+            response.success = False
+            response.message = 'the new model has other cameras; configure the node again'
+            return response
+        self._loading = f'loading {directory.sha256[:12]}'
+        threading.Thread(target=self._reload, name='reload', daemon=True).start()
+        response.success, response.message = True, self._loading
+        return response
+
+    def _reload(self) -> None:
+        """Load beside the running model; the worker takes it over between two plans."""
+        try:
+            self._next_model = self._load()
+        except SpanvlaError as error:
+            self._note_fault(str(error))
+        finally:
+            self._loading = ''
+
+    # Inputs.
+
+    def _now_ns(self) -> int:
+        return int(self.get_clock().now().nanoseconds)
+
+    def _on_odometry(self, message: Odometry) -> None:
+        try:
+            ego = read_odometry(message)
+            if self._accel is not None:
+                ego = replace(ego, accel_mps2=self._accel)
+            self._take_ego(ego)
+        except MessageError as error:
+            self._odometry_meter.fault(self._now_ns(), str(error))
+
+    def _take_ego(self, ego: EgoState) -> None:
+        model = self._model
+        reason = ''
+        if model is not None:
+            with self._lock:
+                resets = model.builder.resets
+                reason = model.builder.add_ego(ego)
+                if model.builder.resets != resets:
+                    reason = 'clock_backwards: odometry stamps ran back, buffers emptied'
+        if reason:
+            self._odometry_meter.fault(self._now_ns(), reason)
+        else:
+            self._odometry_meter.arrived(self._now_ns(), ego.stamp_ns)
+
+    def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
+        value = float(message.accel.accel.linear.x)
+        self._accel = value if np.isfinite(value) else None
+
+    def _on_route(self, message: PathMessage) -> None:
+        try:
+            route = read_route(message)
+        except MessageError as error:
+            self._route_meter.fault(self._now_ns(), str(error))
+            return
+        model = self._model
+        if model is None:
+            return
+        with self._lock:
+            reason = model.builder.set_route(route)
+        if reason:
+            self._route_meter.fault(self._now_ns(), reason)
+        else:
+            self._route_meter.arrived(self._now_ns(), stamp_ns_of(message.header))
+
+    def _on_command(self, message: String) -> None:
+        if message.data not in COMMANDS:
+            self._command_meter.fault(
+                self._now_ns(), f'{message.data!r:.40} is none of {", ".join(COMMANDS)}'
+            )
+            return
+        self._command_meter.arrived(self._now_ns())
+        model = self._model
+        if model is not None:
+            with self._lock:
+                model.builder.set_command(message.data)
+
+    # The worker.
+
+    def _run(self) -> None:
+        thinking = False
+        while not self._stop.is_set():
+            cameras, model = self._cameras, self._model
+            if cameras is None or model is None:
+                return
+            if self._next_model is not None:
+                model = self._take_next_model(model)
+            try:
+                if cameras.wait_for_anchor(0.0 if thinking else 0.2):
+                    thinking = self._plan_newest(cameras, model)
+                elif thinking:
+                    model.planner.reason_slice(self.settings.reason_slice_ms)
+                    thinking = model.planner.busy
+            except Exception as error:
+                # Whatever it was, the next picture is a new chance; the guardian bridges the gap.
+                self._note_fault(f'{type(error).__name__}: {error}')
+                self.get_logger().error(self._plan_fault, throttle_duration_sec=5.0)
+                thinking = False
+
+    def _take_next_model(self, model: LoadedModel) -> LoadedModel:
+        taken = self._next_model
+        if taken is None:
+            return model
+        with self._lock:
+            # The buffers hold inputs, not thoughts: they serve the new model as well.
+            taken = replace(taken, builder=model.builder)
+            self._model, self._next_model = taken, None
+        return taken
+
+    def _plan_newest(self, cameras: CameraInputs, model: LoadedModel) -> bool:
+        """Plan from the newest pictures; whether there is something left to reason about."""
+        begin_s = time.perf_counter()
+        stamp_ns, frames = cameras.take(self.settings.sync_wait_ms / 1e3)
+        with self._lock:
+            resets = model.builder.resets
+            for frame in frames:
+                reason = model.builder.add_frame(frame)
+                if reason:
+                    cameras.intakes[frame.camera].meter.fault(self._now_ns(), reason)
+            if model.builder.resets != resets:
+                model.planner.reset()
+                meter = cameras.intakes[model.cameras[0].name].meter
+                meter.fault(
+                    self._now_ns(), 'clock_backwards: image stamps ran back, buffers emptied'
+                )
+            if stamp_ns is None or not self._active.is_set():
+                return False
+            observation = model.builder.build(stamp_ns)
+        if observation is None:
+            self._note_fault(f'no plan: {model.builder.refusal}')
+            return False
+        observed_s = time.perf_counter()
+        plan = model.planner.plan(observation)
+        self._publish(plan, frames, model, (observed_s - begin_s) * 1e3)
+        return model.planner.busy
+
+    def _publish(
+        self, plan: Plan, frames: list[CameraFrame], model: LoadedModel, observe_ms: float
+    ) -> None:
+        plan = replace(plan, stage_ms=replace(plan.stage_ms, observe_ms=observe_ms))
+        self._plan_out.publish(String(data=plan.to_json()))
+        self._plans += 1
+        self._degraded = plan.degraded
+        stages = plan.stage_ms
+        self._stages.add(
+            {
+                'observe_ms': stages.observe_ms,
+                'vision_ms': stages.vision_ms,
+                'prefill_ms': stages.prefill_ms,
+                'reason_ms': stages.reason_ms,
+                'step_ms': stages.step_ms,
+                'total_ms': stages.total_ms,
+            }
+        )
+        if plan.reasoning_stamp_ns != self._reasoning_stamp_ns:
+            self._reasoning_stamp_ns = plan.reasoning_stamp_ns
+            self._reasoning_out.publish(String(data=reasoning_json(plan, self._now_ns())))
+        now_s = time.monotonic()
+        if self.settings.overlay_hz > 0 and now_s - self._overlay_s >= 1 / self.settings.overlay_hz:
+            self._overlay_s = now_s
+            self._publish_overlay(plan, frames, model)
+
+    def _publish_overlay(
+        self, plan: Plan, frames: list[CameraFrame], model: LoadedModel
+    ) -> None:
+        camera = model.cameras[0]
+        picture = next((frame.image for frame in frames if frame.camera == camera.name), None)
+        if picture is None:
+            return
+        message = CompressedImage(format='jpeg')
+        message.header.frame_id = f'{camera.name}_optical_frame'
+        seconds, nanoseconds = divmod(plan.trajectory.stamp_ns, 1_000_000_000)
+        message.header.stamp.sec, message.header.stamp.nanosec = seconds, nanoseconds
+        message.data.frombytes(draw_overlay(picture, plan, camera))
+        self._overlay_out.publish(message)
+
+    # Diagnostics.
+
+    def _note_fault(self, text: str) -> None:
+        self._plan_fault, self._plan_fault_s = text, time.monotonic()
+
+    def _publish_diagnostics(self) -> None:
+        now_ns = self._now_ns()
+        meters = [self._odometry_meter, self._route_meter, self._command_meter]
+        cameras, model = self._cameras, self._model
+        if cameras is not None:
+            for intake in cameras.intakes.values():
+                meters += [intake.meter, intake.info_meter]
+        lines = [meter.status(now_ns) for meter in meters]
+        values = {'plans': str(self._plans), **self._stages.values()}
+        if model is not None:
+            values |= {
+                'model_sha256': model.planner.model_sha256,
+                'backend': model.planner.backend.name,
+                'schedule': model.planner.schedule,
+                'pictures_encoded': str(model.planner.pictures_encoded),
+                'think_rate': f'{model.planner.meter.slow_share:.2f}',
+                'tokens_per_s': f'{model.planner.meter.tokens_per_s:.0f}',
+            }
+        if self._plan_fault and time.monotonic() - self._plan_fault_s < 5.0:
+            level, text = ERROR, self._plan_fault
+        elif model is None or self._loading:
+            level, text = WARN, self._loading or 'not configured'
+        elif self._degraded:
+            level, text = WARN, 'degraded: ' + ', '.join(self._degraded)
+        else:
+            level, text = OK, 'ok'
+        lines.append(status('plan', level, text, values))
+        self._diagnostics.publish(lines)
+
+
+def make_planner_node() -> PlannerNode:
+    """A planner node, started where `autostart` says so."""
+    node = PlannerNode()
+    if node.settings.autostart:
+        node.start()
+    return node
+
+
+def main() -> int:
+    """Plan until a signal."""
+    return run_node(make_planner_node)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
