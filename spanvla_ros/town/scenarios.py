@@ -85,6 +85,7 @@ class Ranges:
     heading_sd_rad: float = 0.03
     snapshot_speed_mps: Span = (0.0, 14.0)
     own_speed_share: float = 0.4
+    standstill_share: float = 0.06
     consistent_history_share: float = 0.25
     history_accel_sd_mps2: float = 0.4
     history_noise_sd_m: float = 0.03

@@ -45,7 +45,10 @@ CLEAR_AFTER_LEAVING_M = 9.0
 
 @dataclass(frozen=True)
 class BrakeEvent:
-    """A script of a car: beyond `at_m`, the ego within `trigger_m` behind: slow, wait, go on."""
+    """A script of a car: beyond `at_m`, the ego within `trigger_m` behind: slow, wait, go on.
+
+    With `at_m` minus infinity the car keeps to `to_mps` until the ego is near.
+    """
 
     at_m: float
     trigger_m: float
@@ -590,6 +593,8 @@ def _script(car: Car, world: World) -> tuple[float, float]:
     event = car.events[0]
     gap = car.s_m - car.size[0] / 2 - world.ego_s_m - 4.05
     if car.event_since_s is None:
+        if gap > event.trigger_m and event.at_m == -math.inf:
+            return event.to_mps, math.inf
         if gap > event.trigger_m or car.s_m < event.at_m:
             return car.desired_mps, math.inf
         car.event_since_s = world.time_s
