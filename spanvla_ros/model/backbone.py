@@ -27,6 +27,8 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.types import SpanvlaError
 
+transformers_logging.disable_progress_bar()
+
 BACKBONE_DIR = 'backbone'
 MASKED = -30000.0
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -134,7 +136,6 @@ def load_network(folder: str | Path) -> Qwen2_5_VLForConditionalGeneration:
     """The network of a local Hugging Face folder in fp32; never looks beyond this machine."""
     if not (Path(folder) / 'config.json').is_file():
         raise SpanvlaError(f'{folder}: holds no config.json; name a Hugging Face model folder')
-    transformers_logging.disable_progress_bar()
     try:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(
             str(folder), local_files_only=True, dtype=torch.float32

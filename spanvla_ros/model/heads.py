@@ -10,23 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-CLASSES = ('road', 'marking', 'vehicle', 'brake lamp', 'pedestrian', 'red light', 'green light')
-FACTS = (
-    'lead',
-    'lead_inverse_gap',
-    'lead_braking',
-    'red',
-    'green',
-    'light_inverse_distance',
-    'pedestrian',
-    'pedestrian_inverse_distance',
-    'lane_offset',
-    'heading',
-    'road_y_10',
-    'road_y_20',
-    'road_y_30',
-    'road_y_45',
-)
+CLASSES = 7
+FACTS = 14
 
 
 class PictureHeads(nn.Module):
@@ -35,20 +20,29 @@ class PictureHeads(nn.Module):
     def __init__(self, hidden: int, queries: int = 4) -> None:
         """Make the heads for visual tokens of width `hidden`."""
         super().__init__()
-        self.presence = nn.Linear(hidden, len(CLASSES))
-        self.query = nn.Parameter(torch.randn(queries, hidden) * 0.1)
-        self.key = nn.Linear(hidden, hidden)
+        self.presence = nn.Linear(hidden, CLASSES)
+        self.attention = _AttentionPool(hidden, queries)
         self.pooled = nn.Sequential(
-            nn.Linear(queries * hidden, 128), nn.SiLU(), nn.Linear(128, len(FACTS))
+            nn.Linear(queries * hidden, 128), nn.SiLU(), nn.Linear(128, FACTS)
         )
-        self.prompt = nn.Sequential(nn.Linear(hidden, 128), nn.SiLU(), nn.Linear(128, len(FACTS)))
+        self.prompt = nn.Sequential(nn.Linear(hidden, 128), nn.SiLU(), nn.Linear(128, FACTS))
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Presence logits `[B, n, 7]` and facts `[B, 14]` of visual tokens `[B, n, H]`."""
-        scores = torch.einsum('qd,bnd->bqn', self.query, self.key(embeds))
-        weight = torch.softmax(scores.float(), -1).to(embeds.dtype)
-        return self.presence(embeds), self.pooled((weight @ embeds).flatten(1))
+        return self.presence(embeds), self.pooled(self.attention(embeds))
 
     def facts_from_prompt(self, hidden: Tensor) -> Tensor:
         """Facts `[B, 14]` read from the hidden state `[B, H]` of the prompt's last token."""
         return self.prompt(hidden)
+
+
+class _AttentionPool(nn.Module):
+    def __init__(self, hidden: int, queries: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, hidden) * 0.1)
+        self.key = nn.Linear(hidden, hidden)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        scores = torch.einsum('qd,bnd->bqn', self.query, self.key(embeds))
+        weight = torch.softmax(scores.float(), -1).to(embeds.dtype)
+        return (weight @ embeds).flatten(1)

@@ -172,6 +172,8 @@ def save_policy(
         if policy.codebook is not None:
             write_codebook(building, policy.codebook)
         sha256 = write_manifest(building, training, scores or {})
+        for path in building.rglob('*'):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         swap_directory(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -1,0 +1,208 @@
+"""From training rows to tensors: augmentation, prompt, answer, flow target.
+
+Everything random comes from one numpy generator given by the caller, so that a batch is a
+function of (seed, step, process) and a resumed run sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spanvla_ros.model.flow import encode_trajectory, source_path
+from spanvla_ros.model.inputs import ego_features
+from spanvla_ros.model.policy import Policy
+from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.types import Observation, SpanvlaError
+
+if TYPE_CHECKING:
+    from spanvla_ros.training.data.shards import TrainingRow
+
+MARKS_OF_ANSWER = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of B rows; A answer tokens, n visual tokens a picture.
+
+    `answer` holds ids padded at the end; `reasoning_weight` and `action_weight` mark which of
+    them are text (with the marks around it) and which are actions. `seen` marks the answer slots
+    the expert may attend to. `picture_valid` is 0 where a picture was taken away.
+    """
+
+    images: Tensor
+    ids: Tensor
+    valid: Tensor
+    ego: Tensor
+    target: Tensor
+    answer: Tensor
+    reasoning_weight: Tensor
+    action_weight: Tensor
+    seen: Tensor
+    presence: Tensor
+    facts: Tensor
+    picture_valid: Tensor
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.ids.shape[0]
+
+
+def make_batch(
+    rows: Sequence[TrainingRow],
+    policy: Policy,
+    settings: TrainSettings,
+    rng: np.random.Generator | None,
+    answers: str = 'none',
+) -> Batch:
+    """Tensors of some rows.
+
+    Args:
+        rows: the rows.
+        policy: gives layout, source, normalisation, codebook.
+        settings: augmentation.
+        rng: source of augmentation; None for evaluation, without any.
+        answers: `none`, `reasoning` (ends at the action start), `full` (with action tokens).
+    """
+    observations = [row.sample.observation for row in rows]
+    present = observations
+    if rng is not None:
+        texts = [row.sample.reasoning for row in rows]
+        observations = [
+            _disturbed(seen, row.sample.reasoning, texts, settings, rng)
+            for seen, row in zip(observations, rows, strict=True)
+        ]
+    if settings.blind:
+        observations = [_without_pictures(seen) for seen in observations]
+    encoded = [policy.layout.encode(seen) for seen in observations]
+    answer, text_weight, action_weight = _answers(rows, policy, answers)
+    seen_share = settings.answer_seen if rng is not None else 0.0
+    chosen = np.zeros(len(rows)) if rng is None else rng.random(len(rows)) < seen_share
+    return Batch(
+        images=torch.from_numpy(np.stack([_pictures(seen, policy) for seen in present])),
+        ids=torch.from_numpy(np.stack([ids for ids, _ in encoded])),
+        valid=torch.from_numpy(np.stack([valid for _, valid in encoded]).astype(np.float32)),
+        ego=torch.from_numpy(np.stack([ego_features(seen) for seen in observations])),
+        target=torch.from_numpy(
+            np.stack([_target(row, seen, policy) for row, seen in zip(rows, observations)])
+        ),
+        answer=torch.from_numpy(answer),
+        reasoning_weight=torch.from_numpy(text_weight),
+        action_weight=torch.from_numpy(action_weight),
+        seen=torch.from_numpy((text_weight * chosen[:, None]).astype(np.float32)),
+        presence=torch.from_numpy(np.stack([row.presence for row in rows]).astype(np.float32)),
+        facts=torch.from_numpy(np.stack([row.facts for row in rows]).astype(np.float32)),
+        picture_valid=torch.tensor(
+            [[float(f is not None) for c in seen.frames for f in c] for seen in observations]
+        ),
+    )
+
+
+def _pictures(observation: Observation, policy: Policy) -> np.ndarray:
+    shape = (policy.config.height_px, policy.config.width_px, 3)
+    blank = np.zeros(shape, np.uint8)
+    frames = [frame for camera in observation.frames for frame in camera]
+    for frame in frames:
+        if frame is not None and frame.image.shape != shape:
+            raise SpanvlaError(
+                f'training data: picture of {frame.camera} is {frame.image.shape}, the model '
+                f'takes {shape}; draw the scenes with its cameras'
+            )
+    return np.stack([blank if frame is None else frame.image for frame in frames])
+
+
+def _target(row: TrainingRow, observation: Observation, policy: Policy) -> np.ndarray:
+    config = policy.config
+    std = np.ones((config.waypoints, 3))
+    if policy.normalization is not None:
+        std = policy.normalization.std
+    source = source_path(config.source, observation, config.times_s)
+    return encode_trajectory(row.sample.future, source, std)
+
+
+def _answers(
+    rows: Sequence[TrainingRow], policy: Policy, kind: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, text marks, action marks, each `[B, A]`; A = 0 for kind `none`."""
+    if kind == 'none':
+        return np.zeros((len(rows), 0), np.int64), *(np.zeros((2, len(rows), 0), np.float32))
+    answers, texts = [], []
+    longest = policy.config.answer_tokens - MARKS_OF_ANSWER
+    for row in rows:
+        sample = row.sample
+        reasoning = ' '.join(sample.reasoning.split()[:longest])
+        actions = None
+        if kind == 'full':
+            if policy.codebook is None:
+                raise SpanvlaError('training: the model has no action codebook; run sft first')
+            actions = policy.codebook.encode(sample.future).tolist()
+        text = policy.layout.encode_answer(reasoning, sample.thinking)
+        answers.append(policy.layout.encode_answer(reasoning, sample.thinking, actions))
+        texts.append(len(text))
+    length = max(len(answer) for answer in answers)
+    ids = np.full((len(rows), length), policy.layout.padding_id, np.int64)
+    text_mark = np.zeros((len(rows), length), np.float32)
+    action_mark = np.zeros((len(rows), length), np.float32)
+    for index, (answer, text_length) in enumerate(zip(answers, texts, strict=True)):
+        ids[index, : len(answer)] = answer
+        text_mark[index, :text_length] = 1.0
+        action_mark[index, text_length : len(answer)] = 1.0
+    return ids, text_mark, action_mark
+
+
+def _disturbed(
+    observation: Observation,
+    reasoning: str,
+    others: Sequence[str],
+    settings: TrainSettings,
+    rng: np.random.Generator,
+) -> Observation:
+    """Sensor noise, lost inputs, and a last reasoning as it may stand there while driving.
+
+    The slot is empty, or holds the row's own text (its earlier one where the data has it), or now
+    and then that of another scene, so that the text is a hint and never believed over the eyes.
+    """
+    frames = observation.frames
+    if rng.random() < settings.camera_drop:
+        lost = int(rng.integers(len(frames)))
+        frames = tuple(
+            (None,) * len(camera) if index == lost else camera
+            for index, camera in enumerate(frames)
+        )
+    noise = np.array([1.0, 1.0, 0.2]) * settings.history_noise_m
+    history = observation.history + rng.standard_normal(observation.history.shape) * noise
+    history_valid = observation.history_valid
+    if rng.random() < settings.history_drop:
+        # A drive begins with its newest poses: the oldest are those that lack.
+        history_valid = history_valid & (
+            np.arange(len(history_valid)) >= rng.integers(1, len(history_valid) + 1)
+        )
+    route = observation.route
+    if route is not None:
+        route = route + rng.standard_normal(route.shape) * settings.route_noise_m
+        if rng.random() < settings.route_drop:
+            route = None
+    draw = rng.random()
+    last = observation.reasoning or reasoning
+    if draw < settings.slot_empty:
+        last = ''
+    elif draw < settings.slot_empty + settings.slot_foreign:
+        last = others[int(rng.integers(len(others)))]
+    return replace(
+        observation,
+        frames=frames,
+        history=history,
+        history_valid=history_valid,
+        route=route,
+        reasoning=last,
+    )
+
+
+def _without_pictures(observation: Observation) -> Observation:
+    frames = tuple((None,) * len(camera) for camera in observation.frames)
+    return replace(observation, frames=frames)

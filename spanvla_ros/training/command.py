@@ -1,0 +1,49 @@
+"""`spanvla train STAGE`: one stage of supervised training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from spanvla_ros.training.loop import MODEL_DIR, STAGES, STATE_DIR, train
+from spanvla_ros.training.parallel import run_group
+from spanvla_ros.training.settings import load_settings
+from spanvla_ros.types import SpanvlaError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `spanvla train`."""
+    parser.add_argument('stage', choices=sorted(STAGES), help='the stage')
+    parser.add_argument('--config', required=True, type=Path, help='settings (YAML)')
+    parser.add_argument('--out', required=True, type=Path, help='run directory')
+    parser.add_argument('--init', type=Path, help='model or run directory to start from')
+    parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
+    parser.add_argument(
+        '--processes', type=int, help='processes of one thread each that share a batch'
+    )
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='NAME=VALUE', dest='overrides',
+        help='override one setting; repeatable',
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the stage; the model is in OUT/model."""
+    overrides = list(options.overrides)
+    if options.processes is not None:
+        overrides.append(f'processes={options.processes}')
+    settings = load_settings(options.config, overrides)
+    out: Path = options.out
+    if (out / STATE_DIR).exists() and not options.resume:
+        raise SpanvlaError(f'{out}: holds a run already; add --resume or name another --out')
+    if options.resume and not (out / STATE_DIR).exists():
+        raise SpanvlaError(f'{out}: holds no run to resume; leave --resume out')
+    if not settings.data:
+        raise SpanvlaError(f'{options.config}: data names no shards; add --set data=DIR')
+    init = (out / MODEL_DIR) if options.resume else options.init
+    if options.stage == 'action-expert' and init is None:
+        raise SpanvlaError('train action-expert: needs a trained backbone; add --init DIR')
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = (options.stage, settings, out, init, options.resume)
+    run_group(train, settings.processes, settings.threads, arguments)
+    return 0

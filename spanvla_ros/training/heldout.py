@@ -1,0 +1,167 @@
+"""A look at held-out rows while training runs: open-loop error, reaction to hazards, seeing.
+
+Small and noisy on purpose; `spanvla evaluate` measures a finished model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from spanvla_ros.model.flow import decode_trajectory, source_path
+from spanvla_ros.model.policy import Policy
+from spanvla_ros.training.batches import Batch, make_batch
+from spanvla_ros.training.data.shards import FACTS, PRESENT_CLASSES, ShardSet
+from spanvla_ros.training.parallel import Group
+from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.training.stages.sft import bridge, run_backbone, slots
+
+CHUNK = 24
+REACTION_MPS = 1.0
+REACTION_TIME_S = 3.0
+SHOWN_CLASSES = range(3, 7)
+
+
+class HeldOut:
+    """The share of held-out rows that this process measures, decoded once."""
+
+    def __init__(
+        self, shards: ShardSet, policy: Policy, settings: TrainSettings, group: Group
+    ) -> None:
+        """Take rows evenly, pairs whole, and this process's share of them."""
+        chosen = choose_rows(shards, settings.heldout_rows)
+        self.group, self.settings = group, settings
+        self.pairs = shards.pair_ids[chosen]
+        self.families = shards.families[chosen]
+        self.futures = shards.futures[chosen]
+        self.mine = np.arange(group.rank, len(chosen), group.size)
+        rows = shards.rows(chosen[self.mine])
+        self.sources = [
+            source_path(policy.config.source, row.sample.observation, policy.config.times_s)
+            for row in rows
+        ]
+        self.batches = [
+            make_batch(rows[start : start + CHUNK], policy, settings, None)
+            for start in range(0, len(rows), CHUNK)
+        ]
+
+    @torch.no_grad()
+    def plan(self, policy: Policy) -> np.ndarray:
+        """Planned poses `[n, T, 3]` of all rows, in every process."""
+        planned = np.zeros(self.futures.shape)
+        assert policy.normalization is not None
+        found = []
+        for batch in self.batches:
+            prefix, _, prompt = run_backbone(policy, batch, self.settings, policy.backbone.bridged)
+            bridged = bridge(policy, prefix, batch, prompt, detach=True)
+            found.append(policy.plan(bridged, batch.ego, slots(policy, batch, self.settings)))
+        states = torch.cat(found).numpy()
+        for place, state, source in zip(self.mine, states, self.sources, strict=True):
+            planned[place] = decode_trajectory(state, source, policy.normalization.std)
+        gathered = torch.from_numpy(planned)
+        self.group.sum(gathered)
+        return planned
+
+    def driving(self, policy: Policy) -> dict[str, float]:
+        """Open-loop errors and reactions to hazards."""
+        planned = self.plan(policy)
+        step_s = policy.config.horizon_s / policy.config.waypoints
+        at = round(REACTION_TIME_S / step_s) - 1
+        error = np.linalg.norm(planned[..., :2] - self.futures[..., :2], axis=-1)
+        speed, wanted = (speed_at(poses, at, step_s) for poses in (planned, self.futures))
+        found = {
+            'ade_m': float(error.mean()),
+            'ade_3s_m': float(error[:, : at + 1].mean()),
+            'speed_error_3s_mps': float(np.abs(speed - wanted).mean()),
+            'lateral_3s_m': float(np.abs(planned[:, at, 1] - self.futures[:, at, 1]).mean()),
+        }
+        for family in sorted(set(self.families)):
+            found[f'ade_{family}_m'] = float(error[self.families == family].mean())
+        found.update(pair_reactions(self.pairs, self.families, speed, wanted))
+        return found
+
+    @torch.no_grad()
+    def seeing(self, policy: Policy) -> dict[str, float]:
+        """F1 of rare classes per token, error of facts, over all processes."""
+        counts = torch.zeros(3, len(PRESENT_CLASSES))
+        errors = torch.zeros(len(FACTS) + 1)
+        for batch in self.batches:
+            presence, facts = policy.heads(policy.look(batch.images))
+            count_presence(counts, presence, batch)
+            errors[:-1] += (facts - batch.facts).abs().sum(0)
+            errors[-1] += len(batch)
+        for tensor in (counts, errors):
+            self.group.sum(tensor)
+        right, said, true = counts.numpy()
+        found = {
+            f'f1_{PRESENT_CLASSES[k].replace(" ", "_")}': float(
+                2 * right[k] / max(said[k] + true[k], 1.0)
+            )
+            for k in SHOWN_CLASSES
+        }
+        mean = (errors[:-1] / errors[-1].clamp_min(1.0)).tolist()
+        for name in ('lead', 'red', 'pedestrian_on_road', 'lane_offset', 'heading'):
+            found[f'error_{name}'] = mean[FACTS.index(name)]
+        return found
+
+
+def count_presence(counts: torch.Tensor, presence: torch.Tensor, batch: Batch) -> None:
+    """Add this batch's hits, claims and truths per class to `counts [3, classes]`."""
+    claimed = (presence > 0).float().flatten(0, 1)
+    true = batch.presence.flatten(0, 1)
+    counts += torch.stack([(claimed * true).sum(0), claimed.sum(0), true.sum(0)])
+
+
+def choose_rows(shards: ShardSet, wanted: int) -> np.ndarray:
+    """About `wanted` row numbers: half of them whole pairs if there are any, evenly spread."""
+    paired: dict[str, list[int]] = {}
+    for index, pair in enumerate(shards.pair_ids):
+        if pair:
+            paired.setdefault(pair, []).append(index)
+    pairs = [rows for rows in paired.values() if len(rows) == 2]
+    keep = pairs[:: max(1, math.ceil(len(pairs) / max(wanted // 4, 1)))] if pairs else []
+    chosen = {index for rows in keep for index in rows}
+    alone = [index for index, pair in enumerate(shards.pair_ids) if not pair]
+    room = max(wanted - len(chosen), 0)
+    if alone and room:
+        chosen |= {alone[int(i)] for i in np.linspace(0, len(alone) - 1, room)}
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def speed_at(poses: np.ndarray, at: int, step_s: float) -> np.ndarray:
+    """Speed around waypoint `at` of poses `[n, T, 3]`."""
+    after = min(at + 1, poses.shape[1] - 1)
+    gap = poses[:, after, :2] - poses[:, at - 1, :2]
+    return np.linalg.norm(gap, axis=-1) / ((after - at + 1) * step_s)
+
+
+def pair_reactions(
+    pairs: np.ndarray, families: np.ndarray, speed: np.ndarray, wanted: np.ndarray
+) -> dict[str, float]:
+    """How the plan answers a hazard: share moved the right way, and size, by family.
+
+    Taken are pairs whose reference speeds differ by more than 1 m/s; the right way is more than
+    a quarter of that difference, with its sign.
+    """
+    rows: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        if pair:
+            rows.setdefault(pair, []).append(index)
+    gaps: dict[str, list[tuple[float, float]]] = {}
+    for pair in rows.values():
+        if len(pair) != 2:
+            continue
+        first, second = pair
+        gap = wanted[second] - wanted[first]
+        if abs(gap) > REACTION_MPS:
+            moved = (speed[second] - speed[first]) * np.sign(gap)
+            gaps.setdefault(families[first], []).append((moved, abs(gap)))
+    found = {}
+    for family, both in sorted(gaps.items()):
+        moved, size = np.array(both).T
+        found[f'pairs_{family}'] = float(len(both))
+        found[f'right_{family}'] = float((moved > 0.25 * size).mean())
+        found[f'size_{family}'] = float(moved.sum() / size.sum())
+    return found

@@ -1,0 +1,324 @@
+"""One training stage from first step to model directory; can stop anywhere and go on.
+
+A step is a function of weights, optimiser state and (seed, step, process) alone, so on a CPU a
+run that was stopped and resumed ends bit for bit where an unbroken one ends, as long as its
+length is given in steps.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from spanvla_ros.model.action_tokens import fit_codebook, segments_of
+from spanvla_ros.model.checkpoint import load_model_dir, read_tensors, write_tensors, write_text
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.flow import Normalization, encode_trajectory, source_path
+from spanvla_ros.model.policy import Policy, load_policy, new_policy, save_policy, swap_directory
+from spanvla_ros.training.batches import make_batch
+from spanvla_ros.training.data.shards import FACTS, ShardSet
+from spanvla_ros.training.heldout import HeldOut
+from spanvla_ros.training.optimizer import Optimizer, draw_order
+from spanvla_ros.training.parallel import Group
+from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.training.stages import action_expert, knowledge, sft
+from spanvla_ros.types import SpanvlaError
+
+STAGES: dict[str, ModuleType] = {
+    'knowledge': knowledge,
+    'sft': sft,
+    'action-expert': action_expert,
+}
+MODEL_DIR, STATE_DIR, SETTINGS_FILE, LOG_FILE = 'model', 'state', 'config.yaml', 'log.jsonl'
+EVALUATE, STOP = 1, 2
+FIT_ROWS = 2000
+LEAST_STD = (0.05, 0.05, 0.005)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+
+
+def train(
+    group: Group, stage: str, settings: TrainSettings, out: Path, init: Path | None, resume: bool
+) -> None:
+    """Run one stage in this process of the group; see `TrainSettings` for its length."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    module = STAGES[stage]
+    shards = ShardSet(settings.data)
+    policy = new_policy(ModelConfig(), settings.seed) if init is None else open_model(init)
+    earlier = [] if init is None else trained_before(init)
+    if resume:
+        earlier = earlier[:-1]
+    fit_targets(policy, shards)
+    optimizer = Optimizer(policy, module.parts(policy, settings), settings)
+    position = restore(policy, optimizer, out / STATE_DIR, stage) if resume else Position()
+    run = _Run(group, stage, settings, out, earlier, position)
+    heldout = None
+    if settings.heldout:
+        heldout = HeldOut(ShardSet(settings.heldout), policy, settings, group)
+    if settings.compiled:
+        policy.backbone.vision = torch.compile(policy.backbone.vision, dynamic=False)
+    weights = row_weights(shards.facts, settings)
+    if len(weights) < settings.batch:
+        raise SpanvlaError(f'{settings.data}: holds {len(weights)} rows, fewer than one batch')
+    rows = _Draw(weights, settings, group)
+    code = 0
+    while not code & STOP:
+        indices = rows.at(run.step)
+        seeds = [settings.seed, run.step, group.rank]
+        rng = np.random.default_rng(seeds)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        batch = make_batch(shards.rows(indices), policy, settings, rng, module.ANSWERS)
+        optimizer.zero()
+        with torch.autocast('cpu', torch.bfloat16, enabled=settings.precision == 'bf16'):
+            losses = module.losses(policy, batch, settings, generator)
+        torch.stack(list(losses.values())).sum().backward()
+        share, flags = optimizer.step(group, run.share, run.step, run.next_word())
+        code = int(flags)
+        run.advance(share, {name: float(loss.detach()) for name, loss in losses.items()})
+        if heldout is not None and code & EVALUATE:
+            measure = heldout.seeing if stage == 'knowledge' else heldout.driving
+            run.report(measure(policy))
+        elif code & EVALUATE:
+            run.report({})
+        if run.save_due or code & STOP:
+            run.save(policy, optimizer)
+    run.close()
+
+
+def open_model(path: Path) -> Policy:
+    """The policy of a model directory or of a run directory that holds one."""
+    return load_policy(path / MODEL_DIR if (path / MODEL_DIR).is_dir() else path)
+
+
+def trained_before(path: Path) -> list[Any]:
+    """The stages a model has been through, as its manifest tells."""
+    folder = path / MODEL_DIR if (path / MODEL_DIR).is_dir() else path
+    return list(load_model_dir(folder).training.get('stages', []))
+
+
+def fit_targets(policy: Policy, shards: ShardSet) -> None:
+    """Give a new policy its normalisation and action codebook, read off the data."""
+    config = policy.config
+    if shards.futures.shape[1] != config.waypoints:
+        raise SpanvlaError(
+            f'{shards.path}: futures have {shards.futures.shape[1]} waypoints, the model '
+            f'{config.waypoints}; draw scenes for this model'
+        )
+    if policy.normalization is None:
+        ones = np.ones((config.waypoints, 3))
+        targets = []
+        chosen = np.unique(np.linspace(0, len(shards) - 1, FIT_ROWS).astype(int))
+        for row in shards.rows(chosen):
+            source = source_path(config.source, row.sample.observation, config.times_s)
+            targets.append(encode_trajectory(row.sample.future, source, ones))
+        std = np.stack(targets).astype(np.float64).std(0)
+        policy.normalization = Normalization(config.source, np.maximum(std, LEAST_STD))
+    if policy.codebook is None:
+        chosen = np.unique(np.linspace(0, len(shards) - 1, FIT_ROWS).astype(int))
+        segments = np.concatenate([segments_of(shards.futures[i]) for i in chosen])
+        policy.codebook = fit_codebook(segments, config.action_tokens)
+
+
+def row_weights(facts: np.ndarray, settings: TrainSettings) -> np.ndarray:
+    """Weight of each row: rare classes come more often than they are."""
+    column = {name: facts[:, index].astype(np.float64) for index, name in enumerate(FACTS)}
+    return (
+        1.0
+        + settings.weight_pedestrian * (column['pedestrian_on_road'] > 0.5)
+        + settings.weight_light * (column['light_inverse_distance'] > 0.0)
+        + settings.weight_lead * (column['lead'] > 0.5)
+    )
+
+
+def restore(policy: Policy, optimizer: Optimizer, folder: Path, stage: str) -> Position:
+    """Take weights, moments and position from a saved state."""
+    try:
+        about = json.loads((folder / 'state.json').read_text(encoding='utf-8'))
+        position = Position(int(about['step']), float(about['elapsed_s']))
+        kind = about['stage']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpanvlaError(f'{folder}: no state to resume; start without --resume') from error
+    if kind != stage:
+        raise SpanvlaError(f'{folder}: is of stage {kind}, not {stage}; name another --out')
+    weights = read_tensors(folder / 'weights.safetensors')
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    optimizer.restore(read_tensors(folder / 'optimizer.safetensors'))
+    return position
+
+
+class _Draw:
+    """Row numbers of each step for this process."""
+
+    def __init__(self, weights: np.ndarray, settings: TrainSettings, group: Group) -> None:
+        self._weights, self._settings, self._group = weights, settings, group
+        self._orders: dict[int, np.ndarray] = {}
+
+    def at(self, step: int) -> np.ndarray:
+        batch, rows = self._settings.batch, len(self._weights)
+        places = range(step * batch + self._group.rank, (step + 1) * batch, self._group.size)
+        return np.array([self._order(place // rows)[place % rows] for place in places])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
+            self._orders[epoch] = draw_order(self._weights, self._settings.seed, epoch)
+        return self._orders[epoch]
+
+
+class _Run:
+    """Clock, progress bar, log and saved state of a run."""
+
+    def __init__(
+        self,
+        group: Group,
+        stage: str,
+        settings: TrainSettings,
+        out: Path,
+        earlier: list[Any],
+        position: Position,
+    ) -> None:
+        self.group, self.stage, self.settings, self.out = group, stage, settings, out
+        self.earlier = earlier
+        self.step, self._first_step = position.step, position.step
+        self._before_s = position.elapsed_s
+        self._started = time.monotonic()
+        self.share = self._share(self.step)
+        self._evaluated_s = self._saved_s = self.elapsed_s
+        self._sums: dict[str, float] = {}
+        self._summed = 0
+        self._interrupted = False
+        self._bar: tqdm[Any] | None = None
+        self._writer: Any = None
+        if group.leads:
+            write_text(out / SETTINGS_FILE, yaml.safe_dump(asdict(settings), sort_keys=False))
+            self._bar = tqdm(
+                total=1.0, initial=self.share, desc=stage, dynamic_ncols=True, disable=None,
+                bar_format='{l_bar}{bar}| {elapsed}<{remaining} {postfix}',
+            )  # fmt: skip
+            if settings.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(out / 'tensorboard'))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt if group.leads else signal.SIG_IGN)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time of this run, earlier calls included."""
+        return self._before_s + time.monotonic() - self._started
+
+    @property
+    def save_due(self) -> bool:
+        """Whether the last saved state is old."""
+        return self.elapsed_s - self._saved_s > self.settings.save_every_s
+
+    def next_word(self) -> tuple[float, float]:
+        """What the first process tells all: share done after this step, and what to do then."""
+        settings, done = self.settings, self.step + 1
+        share = self._share(done)
+        code = 0
+        stop = self._interrupted or share >= 1.0
+        stop = stop or (settings.stop_after > 0 and done >= settings.stop_after)
+        if stop:
+            code |= STOP
+        if share >= 1.0 or self.elapsed_s - self._evaluated_s > settings.evaluate_every_s:
+            code |= EVALUATE
+        return share, float(code)
+
+    def advance(self, share: float, losses: Mapping[str, float]) -> None:
+        """Count one step."""
+        self.step += 1
+        self.share = share
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._summed += 1
+        if self._bar is not None:
+            self._bar.n = min(share, 1.0)
+            rate = (self.step - self._first_step) / max(time.monotonic() - self._started, 1e-3)
+            self._bar.set_postfix_str(
+                f'step {self.step}, {rate * self.settings.batch:.1f} rows/s, '
+                + ', '.join(f'{k} {v:.3f}' for k, v in losses.items()),
+                refresh=False,
+            )
+            self._bar.update(0)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """One line of log: losses since the last, and held-out metrics."""
+        self._evaluated_s = self.elapsed_s
+        if not self.group.leads:
+            return
+        rate = (self.step - self._first_step) / max(time.monotonic() - self._started, 1e-3)
+        line = {
+            'stage': self.stage,
+            'step': self.step,
+            'minutes': round(self.elapsed_s / 60.0, 2),
+            'rows_per_s': round(rate * self.settings.batch, 1),
+            **{f'loss_{k}': round(v / self._summed, 4) for k, v in self._sums.items()},
+            **{name: round(value, 3) for name, value in metrics.items()},
+        }
+        self._sums, self._summed = {}, 0
+        with (self.out / LOG_FILE).open('a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+        tqdm.write(' '.join(f'{k}={v}' for k, v in line.items()), file=sys.stderr)
+        if self._writer is not None:
+            for name, value in line.items():
+                if not isinstance(value, str):
+                    self._writer.add_scalar(name, value, self.step)
+
+    def save(self, policy: Policy, optimizer: Optimizer) -> None:
+        """Write state and model directory, each whole or not at all."""
+        self._saved_s = self.elapsed_s
+        if not self.group.leads:
+            return
+        elapsed_s = self.elapsed_s
+        done = {
+            'stage': self.stage,
+            'steps': self.step,
+            'rows': self.step * self.settings.batch,
+            'minutes': round(elapsed_s / 60.0, 2),
+            'settings': asdict(self.settings),
+        }
+        save_policy(policy, self.out / MODEL_DIR, {'stages': [*self.earlier, done]})
+        building = self.out / f'.{STATE_DIR}.tmp'
+        building.mkdir(parents=True, exist_ok=True)
+        weights = {n: p.detach().numpy() for n, p in policy.named_parameters()}
+        write_tensors(building / 'weights.safetensors', weights)
+        write_tensors(building / 'optimizer.safetensors', optimizer.state())
+        about = {'stage': self.stage, 'step': self.step, 'elapsed_s': elapsed_s}
+        write_text(building / 'state.json', json.dumps(about) + '\n')
+        swap_directory(building, self.out / STATE_DIR)
+
+    def close(self) -> None:
+        """End the progress bar and the writer."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _share(self, step: int) -> float:
+        if self.settings.steps:
+            return step / self.settings.steps
+        return self.elapsed_s / (60.0 * self.settings.minutes)
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True

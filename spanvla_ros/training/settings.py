@@ -1,0 +1,146 @@
+"""What one training stage is told: a flat YAML file, checked field by field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spanvla_ros.types import SpanvlaError
+
+PRECISIONS = ('fp32', 'bf16')
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All settings of a stage; a stage reads those it needs.
+
+    Length: `steps` above zero trains that many; else `minutes` of wall time, evaluations
+    included, and the schedule follows the share of time used (then a resumed run is not
+    bit-exact). `stop_after` ends this call early with its state saved; the schedule ignores it.
+
+    `batch` is the number of rows over all processes. Rates: warm-up, then cosine down to
+    `final_rate` of `learning_rate`; `vision_rate` scales the vision tower's.
+
+    Rows are drawn with weight 1 + the three class weights where the row has the class.
+    """
+
+    data: str = ''
+    heldout: str = ''
+    steps: int = 0
+    minutes: float = 0.0
+    stop_after: int = 0
+    batch: int = 16
+    processes: int = 1
+    threads: int = 1
+    precision: str = 'fp32'
+    compiled: bool = False
+    seed: int = 0
+    learning_rate: float = 1.5e-3
+    vision_rate: float = 1.0
+    warmup_steps: int = 60
+    final_rate: float = 0.03
+    decay: float = 0.03
+    clip: float = 1.0
+    weight_pedestrian: float = 2.5
+    weight_light: float = 0.8
+    weight_lead: float = 0.3
+    evaluate_every_s: float = 90.0
+    save_every_s: float = 180.0
+    heldout_rows: int = 240
+    tensorboard: bool = False
+    blind: bool = False
+    auxiliary_weight: float = 0.5
+    reasoning_weight: float = 1.0
+    action_weight: float = 1.0
+    flow_weight: float = 1.0
+    draws: int = 4
+    detach_bridge: bool = True
+    end_to_end: bool = False
+    camera_drop: float = 0.08
+    history_drop: float = 0.10
+    route_drop: float = 0.03
+    route_noise_m: float = 0.3
+    history_noise_m: float = 0.03
+    slot_empty: float = 0.5
+    slot_foreign: float = 0.15
+    answer_seen: float = 0.5
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TrainSettings:
+    """Read a stage's YAML file and apply `name=value` overrides.
+
+    Raises:
+        SpanvlaError: unreadable file, unknown setting, wrong type, value out of range.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise SpanvlaError(f'{path}: cannot be read ({line}); name a training file') from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise SpanvlaError(f'{path}: must be a mapping of training settings')
+    for override in overrides:
+        name, equals, value = override.partition('=')
+        if not equals:
+            raise SpanvlaError(f'--set {override}: write it as name=value')
+        raw[name.strip()] = yaml.safe_load(value)
+    return _checked(raw, str(path))
+
+
+def _checked(raw: dict[Any, Any], where: str) -> TrainSettings:
+    kinds = {field.name: str(field.type) for field in fields(TrainSettings)}
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name not in kinds:
+            raise SpanvlaError(f'{where}: {name!r} is no training setting; use {sorted(kinds)}')
+        kind = kinds[name]
+        if (
+            kind == 'float'
+            and isinstance(value, int | float | str)
+            and not isinstance(value, bool)
+        ):
+            try:
+                value = float(value)
+            except ValueError:
+                value = None
+        good = {
+            'float': isinstance(value, float) and math.isfinite(value),
+            'int': isinstance(value, int) and not isinstance(value, bool),
+            'bool': isinstance(value, bool),
+            'str': isinstance(value, str),
+        }[kind]
+        if not good:
+            raise SpanvlaError(f'{where}: {name} must be of type {kind}, not {raw[name]!r:.40}')
+        values[name] = value
+    settings = TrainSettings(**values)
+    _check_ranges(settings, where)
+    return settings
+
+
+def _check_ranges(settings: TrainSettings, where: str) -> None:
+    for field in fields(TrainSettings):
+        value = getattr(settings, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+            raise SpanvlaError(f'{where}: {field.name} is {value}; it must not be negative')
+    for name in ('camera_drop', 'history_drop', 'route_drop', 'answer_seen', 'final_rate'):
+        if getattr(settings, name) > 1:
+            raise SpanvlaError(f'{where}: {name} is a share; it must lie in 0..1')
+    if settings.slot_empty + settings.slot_foreign > 1:
+        raise SpanvlaError(f'{where}: slot_empty and slot_foreign add up to more than 1')
+    if (settings.steps == 0) == (settings.minutes == 0):
+        raise SpanvlaError(f'{where}: give either steps or minutes, above zero')
+    if settings.precision not in PRECISIONS:
+        raise SpanvlaError(f'{where}: precision must be one of {", ".join(PRECISIONS)}')
+    if min(settings.processes, settings.threads, settings.batch, settings.draws) < 1:
+        raise SpanvlaError(f'{where}: processes, threads, batch and draws must be at least 1')
+    if settings.batch % settings.processes:
+        raise SpanvlaError(
+            f'{where}: batch {settings.batch} does not divide among {settings.processes} processes'
+        )
