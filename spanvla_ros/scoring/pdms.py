@@ -1,0 +1,424 @@
+"""PDMS and EPDMS of plans in one scene, batched: the reward, the evaluation, the feedback.
+
+PDMS = NC DAC (5 EP + 5 TTC + 2 C) / 12.
+EPDMS = NC DAC DDC TLC (5 EP + 5 TTC + 2 LK + 2 HC + 2 EC) / 16, or / 14 without EC where there is
+no earlier plan to compare with. v2's human filter sets a sub-score to 1 where the human driver's
+own is exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64
+from numpy.typing import ArrayLike
+
+from spanvla_ros.geometry import world_from_local
+from spanvla_ros.scoring import comfort, metrics, simulation
+from spanvla_ros.scoring.comfort import ExtendedComfort
+from spanvla_ros.scoring.prepared import Centerline, PreparedScene, Version, prepare
+from spanvla_ros.types import Scene, SceneEgo, SpanvlaError, Vehicle
+
+SCORER_VERSION = '1'
+STAGE_TWO_VARIANCE_M2 = 0.1
+
+Frame = Literal['ego', 'world']
+States = Float64[np.ndarray, 'n 41 11']
+Values = Float64[np.ndarray, 'n']
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What progress is measured against: PDM-Closed's plan, its centre line and its route.
+
+    Positions are in the world. `states` are the simulated states of `plan`, `multiplier` the
+    product of the reference's own gating scores; where either is None the scorer makes it.
+    """
+
+    centerline: Float64[np.ndarray, 'n 2']
+    route_lane_ids: tuple[str, ...]
+    plan: Float64[np.ndarray, '41 3']
+    states: Float64[np.ndarray, '41 11'] | None = None
+    multiplier: float | None = None
+    source: str = 'given'
+
+
+@dataclass(frozen=True)
+class PreviousPlan:
+    """The plan made 0.5 s earlier, from `ego`, poses in the world; extended comfort needs it."""
+
+    ego: SceneEgo
+    poses: Float64[np.ndarray, 't 3']
+    hz: int = 2
+
+
+@dataclass(frozen=True)
+class ScoredWith:
+    """What a score was computed with; printed wherever the score is."""
+
+    version: Version
+    reference: str
+    human_filter: bool
+    scorer_version: str = SCORER_VERSION
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every sub-score of one plan, its total, and how it came about.
+
+    `total` is PDMS (v1) or EPDMS (v2). Sub-scores a version does not have are None; `ec` is None
+    without an earlier plan, and then `total` leaves it out. `comfort_flags` are named by
+    `comfort.FLAGS`. Times are None where nothing happened. In v2 the sub-scores are after the
+    human filter and `unfiltered` holds those before it; flags, times and progress are the
+    plan's own in either case.
+    """
+
+    nc: float
+    dac: float
+    ddc: float
+    tlc: float | None
+    ep: float
+    ttc: float
+    comfort: float | None
+    lk: float | None
+    hc: float | None
+    ec: float | None
+    total: float
+    total_without_ec: float
+    comfort_flags: tuple[bool, ...]
+    collision_s: float | None
+    ttc_infraction_s: float | None
+    progress_m: float
+    reference_progress_m: float
+    extended_comfort: ExtendedComfort | None
+    scored_with: ScoredWith
+    unfiltered: Scores | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    # Sub-scores of n plans before progress is put in relation to the reference.
+    gates: dict[str, Values]
+    weighted: dict[str, Values]
+    flags: np.ndarray
+    progress_m: Values
+    collision_step: metrics.Steps
+    ttc_step: metrics.Steps
+    areas: metrics.EgoAreas
+
+    @property
+    def multiplier(self) -> Values:
+        product: Values = np.prod(np.stack(list(self.gates.values())), axis=0)
+        return product
+
+
+class Scorer:
+    """Scores plans in one scene by one version; keeps all that depends on the scene alone.
+
+    Args:
+        scene: the scene, of a golden file or of the town.
+        version: `v1` for PDMS, `v2` for EPDMS.
+        reference: what progress is measured against; None makes our own PDM-Closed.
+        human_filter: v2 only, and only where the scene has a human trajectory.
+        vehicle: official scores use the default, NAVSIM's Pacifica.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        version: Version = 'v2',
+        reference: Reference | None = None,
+        *,
+        human_filter: bool = True,
+        vehicle: Vehicle = simulation.PACIFICA,
+    ) -> None:
+        """Prepare the scene; see the class."""
+        if reference is None:
+            from spanvla_ros.scoring.reference import pdm_closed
+
+            reference = pdm_closed(scene, version)
+        self.scene = scene
+        self.version = version
+        self.reference = reference
+        self.prepared: PreparedScene = prepare(scene, version, vehicle)
+        self._vehicle = vehicle
+        self._offset = np.array([*self.prepared.origin, 0.0])
+        self._centerline = Centerline.build(reference.centerline - self.prepared.origin)
+        self._on_route = frozenset(reference.route_lane_ids)
+        self._reference_m, self._reference_gate = self._measure_reference()
+        use_human = version == 'v2' and human_filter and scene.human is not None
+        self._forgiven = self._human_failures() if use_human else frozenset()
+        self.scored_with = ScoredWith(version, reference.source, use_human)
+
+    def score(
+        self,
+        trajectories: ArrayLike,
+        *,
+        hz: int = 2,
+        frame: Frame = 'ego',
+        previous: Sequence[PreviousPlan | None] | PreviousPlan | None = None,
+    ) -> list[Scores]:
+        """Score a group of plans.
+
+        Args:
+            trajectories: `[n, t, 3]` rear-axle poses, the first at `1 / hz`, at least 4 s long;
+                what lies beyond 4 s is not read.
+            hz: 2 or 10.
+            frame: whether poses are relative to the ego at t = 0 or in the world.
+            previous: the plan made 0.5 s earlier, one for all or one each; v2 only.
+
+        Raises:
+            SpanvlaError: the array has another shape, is too short or holds a number that is
+                not finite. Nothing is ever scored 0 because it could not be computed.
+        """
+        states = self.simulate(trajectories, hz=hz, frame=frame)
+        if isinstance(previous, PreviousPlan) or previous is None:
+            previous = [previous] * len(states)
+        if len(previous) != len(states):
+            raise SpanvlaError(f'previous: {len(previous)} plans for {len(states)} trajectories')
+        return self.score_states(states, simulate_previous(previous, self._vehicle))
+
+    def simulate(
+        self, trajectories: ArrayLike, *, hz: int = 2, frame: Frame = 'ego'
+    ) -> States:
+        """The simulated world states of a group of plans; arguments as in `score`."""
+        poses = check_trajectories(trajectories, hz)
+        if frame == 'ego':
+            local = world_from_local([0.0, 0.0, self.prepared.start[2]], poses)
+        else:
+            local = poses - self._offset
+        start = np.broadcast_to(self.prepared.start, (len(local), simulation.STATE_SIZE))
+        plans = simulation.resample(local, hz, start[:, :3])
+        states = simulation.simulate(plans, start, self._vehicle)
+        states[..., :2] += self.prepared.origin
+        return states
+
+    def score_states(
+        self, states: States, previous: Sequence[np.ndarray | None] | None = None
+    ) -> list[Scores]:
+        """Score simulated world states; `previous` holds those of the plans made 0.5 s earlier."""
+        batch = self.evaluate(states)
+        progress = metrics.ego_progress_v1 if self.version == 'v1' else metrics.ego_progress_v2
+        ep = progress(
+            self._reference_m * self._reference_gate, batch.progress_m, batch.multiplier
+        )
+        extended: list[ExtendedComfort | None] = [None] * len(states)
+        if self.version == 'v2' and previous is not None:
+            extended = [
+                None if before is None else comfort.extended_comfort(now, before)
+                for now, before in zip(states, previous, strict=True)
+            ]
+        return [self._scores(batch, ep, at, extended[at]) for at in range(len(states))]
+
+    def evaluate(self, states: States) -> _Batch:
+        """Everything about simulated world states but progress in relation to the reference."""
+        local = states.copy()
+        local[..., :2] -= self.prepared.origin
+        return self._evaluate(local, self.prepared.history)
+
+    def _evaluate(
+        self, local: States, history: Float64[np.ndarray, '14 11'] | None
+    ) -> _Batch:
+        scene, version = self.prepared, self.version
+        ego = metrics.footprints(local, self._vehicle)
+        areas = metrics.ego_areas(ego, scene.ground, self._on_route)
+        nc, collision_step = metrics.no_at_fault_collision(ego, areas, scene.tracks)
+        ttc, ttc_step = metrics.time_to_collision(
+            ego, areas, scene.tracks, scene.ground, version
+        )
+        gates = {'nc': nc, 'dac': metrics.drivable_area(areas)}
+        direction = metrics.driving_direction(ego, areas, version)
+        weighted = {'ttc': ttc}
+        if version == 'v1':
+            flags = comfort.comfort_flags(local, 'v1')
+            weighted['ddc'] = direction
+            weighted['comfort'] = flags.all(axis=1).astype(np.float64)
+        else:
+            gates['ddc'] = direction
+            gates['tlc'] = metrics.traffic_lights(ego, scene.red_lights)
+            weighted['lk'] = metrics.lane_keeping(ego, areas, self._centerline)
+            flags = np.ones((len(local), len(comfort.FLAGS)), dtype=bool)
+            if history is not None:
+                flags = comfort.comfort_flags(comfort.with_history(local, history), 'v2')
+            weighted['hc'] = flags.all(axis=1).astype(np.float64)
+        progress = metrics.raw_progress_m(ego, self._centerline)
+        return _Batch(gates, weighted, flags, progress, collision_step, ttc_step, areas)
+
+    def _measure_reference(self) -> tuple[float, float]:
+        reference = self.reference
+        if reference.states is None:
+            states = self._track((reference.plan - self._offset)[None])
+        else:
+            states = reference.states[None].copy()
+            states[..., :2] -= self.prepared.origin
+        if reference.multiplier is not None:
+            ego = metrics.footprints(states, self._vehicle)
+            progress = metrics.raw_progress_m(ego, self._centerline)
+            return float(progress[0]), reference.multiplier
+        batch = self._evaluate(states, None)
+        return float(batch.progress_m[0]), float(batch.multiplier[0])
+
+    def _human_failures(self) -> frozenset[str]:
+        # The human is scored alone and without a past, so EP and HC are 1 by construction.
+        assert self.prepared.human is not None
+        start = self.prepared.start[None]
+        plan = simulation.resample(self.prepared.human[None], 2, start[:, :3])
+        batch = self._evaluate(self._track(plan), None)
+        scored = {**batch.gates, **batch.weighted}
+        return frozenset(name for name, values in scored.items() if values[0] == 0.0)
+
+    def _track(self, plans: Float64[np.ndarray, 'n 41 3']) -> States:
+        start = np.broadcast_to(self.prepared.start, (len(plans), simulation.STATE_SIZE))
+        return simulation.simulate(plans, start, self._vehicle)
+
+    def _scores(
+        self, batch: _Batch, ep: Values, at: int, extended: ExtendedComfort | None
+    ) -> Scores:
+        own = {name: float(values[at]) for name, values in batch.gates.items()}
+        own |= {name: float(values[at]) for name, values in batch.weighted.items()}
+        own['ep'] = float(ep[at])
+        ec = None if extended is None else float(extended.passed)
+        scores = Scores(
+            nc=own['nc'],
+            dac=own['dac'],
+            ddc=own['ddc'],
+            tlc=own.get('tlc'),
+            ep=own['ep'],
+            ttc=own['ttc'],
+            comfort=own.get('comfort'),
+            lk=own.get('lk'),
+            hc=own.get('hc'),
+            ec=ec,
+            total=_total(own, self.version, ec),
+            total_without_ec=_total(own, self.version, None),
+            comfort_flags=tuple(bool(flag) for flag in batch.flags[at]),
+            collision_s=_time_s(batch.collision_step[at]),
+            ttc_infraction_s=_time_s(batch.ttc_step[at]),
+            progress_m=float(batch.progress_m[at]),
+            reference_progress_m=self._reference_m,
+            extended_comfort=extended,
+            scored_with=self.scored_with,
+        )
+        if self.version == 'v1':
+            return scores
+        filtered = {name: 1.0 if name in self._forgiven else own[name] for name in own}
+        return replace(
+            scores,
+            **filtered,
+            total=_total(filtered, 'v2', ec),
+            total_without_ec=_total(filtered, 'v2', None),
+            unfiltered=scores,
+        )
+
+
+def simulate_previous(
+    previous: Sequence[PreviousPlan | None], vehicle: Vehicle = simulation.PACIFICA
+) -> list[np.ndarray | None]:
+    """Simulated world states of earlier plans, each from its own ego; one plan given to many
+    proposals is simulated once."""
+    distinct = {id(plan): plan for plan in previous if plan is not None}
+    done: dict[int, np.ndarray] = {}
+    for hz in {plan.hz for plan in distinct.values()}:
+        group = {key: plan for key, plan in distinct.items() if plan.hz == hz}
+        start = np.stack([simulation.state_of_ego(plan.ego) for plan in group.values()])
+        origin = start[:, :2].copy()
+        start[:, :2] = 0.0
+        poses = np.stack(
+            [check_trajectories(plan.poses[None], hz)[0, : 4 * hz] for plan in group.values()]
+        )
+        poses[..., :2] -= origin[:, None]
+        plans = simulation.resample(poses, hz, start[:, :3])
+        states = simulation.simulate(plans, start, vehicle)
+        states[..., :2] += origin[:, None]
+        done |= dict(zip(group, states, strict=True))
+    return [None if plan is None else done[id(plan)] for plan in previous]
+
+
+def check_trajectories(trajectories: ArrayLike, hz: int) -> Float64[np.ndarray, 'n t 3']:
+    """`trajectories` as a float64 array of plans at least 4 s long, else a refusal."""
+    poses = np.array(trajectories, dtype=np.float64)
+    if hz not in (2, 10):
+        raise SpanvlaError(f'trajectories: {hz} Hz is neither 2 nor 10')
+    if poses.ndim != 3 or poses.shape[2] != 3:
+        raise SpanvlaError(f'trajectories: shape {poses.shape} is not [n, t, 3]')
+    if poses.shape[1] < 4 * hz:
+        raise SpanvlaError(f'trajectories: {poses.shape[1]} poses at {hz} Hz are shorter than 4 s')
+    bad = ~np.isfinite(poses).all(axis=(1, 2))
+    if bad.any():
+        raise SpanvlaError(f'trajectories[{int(bad.argmax())}]: holds a number that is not finite')
+    return poses
+
+
+@dataclass(frozen=True)
+class SecondStagePair:
+    """Scores of one follow-up scene and of the frame before it, and where each begins (m)."""
+
+    now: float
+    before: float
+    start_now: tuple[float, float]
+    start_before: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TwoStageGroup:
+    """First-stage totals of a frame and the one 0.5 s before, and where their plans end (m)."""
+
+    now: float
+    before: float
+    end_now: tuple[float, float]
+    end_before: tuple[float, float]
+    second_stage: tuple[SecondStagePair, ...]
+
+
+def second_stage_weights(
+    end_m: tuple[float, float], starts_m: Sequence[tuple[float, float]]
+) -> Values:
+    """How much each follow-up scene counts: a Gaussian of the distance from the plan's end.
+
+    Weights sum to 1; where all are nearly 0 they are equal.
+    """
+    gap = np.asarray(starts_m, dtype=np.float64) - np.asarray(end_m, dtype=np.float64)
+    weights = np.exp(-(gap**2).sum(axis=1) / (2.0 * STAGE_TWO_VARIANCE_M2))
+    total = float(weights.sum())
+    if math.isclose(total, 0.0, abs_tol=1e-8):
+        return np.full(len(weights), 1.0 / len(weights))
+    normalised: Values = weights / total
+    return normalised
+
+
+def two_stage_epdms(groups: Sequence[TwoStageGroup]) -> float:
+    """EPDMS over two stages: each first-stage total times its weighted follow-up, averaged.
+
+    The two frames of a group are averaged first, then the groups, as the official pseudo
+    closed-loop aggregation does.
+    """
+    if not groups or any(not group.second_stage for group in groups):
+        raise SpanvlaError('two-stage score: every group needs at least one second-stage pair')
+    totals = []
+    for group in groups:
+        pairs = group.second_stage
+        now = second_stage_weights(group.end_now, [pair.start_now for pair in pairs])
+        before = second_stage_weights(group.end_before, [pair.start_before for pair in pairs])
+        follow_now = float(now @ np.array([pair.now for pair in pairs]))
+        follow_before = float(before @ np.array([pair.before for pair in pairs]))
+        totals.append((group.now * follow_now + group.before * follow_before) / 2.0)
+    return float(np.mean(totals))
+
+
+def _total(scores: dict[str, float], version: Version, ec: float | None) -> float:
+    if version == 'v1':
+        mean = (5.0 * scores['ep'] + 5.0 * scores['ttc'] + 2.0 * scores['comfort']) / 12.0
+        return scores['nc'] * scores['dac'] * mean
+    gate = scores['nc'] * scores['dac'] * scores['ddc'] * scores['tlc']
+    points = 5.0 * scores['ep'] + 5.0 * scores['ttc'] + 2.0 * scores['lk'] + 2.0 * scores['hc']
+    if ec is None:
+        return gate * points / 14.0
+    return gate * (points + 2.0 * ec) / 16.0
+
+
+def _time_s(step: int) -> float | None:
+    return None if step == metrics.NEVER else round(float(step) * simulation.STEP_S, 1)
