@@ -1,0 +1,1 @@
+"""Self-contained HTML pages, and the reader that measures a drive from its recording alone."""

@@ -1,0 +1,433 @@
+"""`index.html` of a drive: what the cameras saw, what was planned, how fast and how fresh it was.
+
+Everything on it is read from the recording; the numbers are those of `summary.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+
+from spanvla_ros.geometry import box_corners, local_from_world, world_from_local
+from spanvla_ros.report import charts, page, pictures
+from spanvla_ros.report.drive_summary import Window, output_gaps_ms, stamps_s, window_of
+from spanvla_ros.report.recording import (
+    PictureRecord,
+    PlanRecord,
+    Recording,
+    SceneRecord,
+    read_pictures,
+    read_recording,
+)
+from spanvla_ros.types import Vehicle
+
+FILM_FRAMES = 48
+VIEW_RADIUS_M = 19.0
+VIEW_AHEAD_M = 14.0
+CHANNEL_ORDER = {'rgb8': (0, 1, 2), 'bgr8': (2, 1, 0), 'rgba8': (0, 1, 2), 'bgra8': (2, 1, 0)}
+STAGES = ('observe', 'vision', 'prefill', 'reason', 'step', 'total')
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One frame of the film: a plan, the pictures it was made from, the truth around it."""
+
+    time_s: float
+    plan: PlanRecord
+    ego: Float64[np.ndarray, '3']
+    shots: tuple[PictureRecord, ...]
+    scene: SceneRecord | None
+
+
+def write_page(
+    recording: str | Path,
+    content: Mapping[str, Any],
+    path: str | Path,
+    cameras: Sequence[pictures.CameraView] = (),
+    *,
+    vehicle: Vehicle | None = None,
+    namespace: str = '/spanvla',
+) -> Path:
+    """Write the page of a drive.
+
+    Args:
+        recording: `drive.mcap`.
+        content: what `summarise` returned for it, with the caller's additions.
+        path: the HTML file.
+        cameras: mounts of the recorded cameras; where one is known the plan is drawn into its
+            pictures.
+        vehicle: size of the vehicle.
+        namespace: of the nodes.
+    """
+    drive = read_recording(recording, namespace)
+    window = window_of(drive)
+    moments = _moments(recording, drive, window, namespace)
+    views = {view.name: view for view in cameras}
+    order = [view.name for view in sorted(cameras, key=lambda view: -view.yaw_deg)]
+    shape = vehicle or Vehicle()
+    frames = [
+        (f'{moment.time_s:.1f} s', _frame(moment, drive, views, order, shape))
+        for moment in moments
+    ]
+    fragments = [
+        charts.ground_layer('town-map', _ground(drive)),
+        headline(content),
+        page.section(
+            'What it saw and what it planned',
+            pictures.film(frames),
+            note='Cameras with the planned path; from above: the vehicle and its plan in blue, '
+            'other road users in orange, people in red, the announced route dotted grey.',
+        ),
+        _timing(drive, window),
+        _motion(drive, window),
+        _reasoning(drive, window),
+        _numbers(content),
+    ]
+    return page.write_page(path, f'spanvla drive: {content.get("scenario") or "?"}', fragments)
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """The title, one sentence on what drove, and the numbers that matter most."""
+    gap, age = content['output_gap_ms'], content['kv_age_ms']
+    camera_hz = content['camera_hz'] or 0.0
+    driver = content['driver'] or 'nothing'
+    slot = '' if driver == 'model' else f' In the slot of the model stood: {driver}.'
+    sentence = (
+        f'{content["seconds"]:.0f} s in closed loop over DDS, pictures at {camera_hz:.0f} Hz, '
+        f'backend {content["backend"] or "none"}, schedule {content["schedule"] or "none"}.{slot}'
+    )
+    facts = [
+        page.Fact(
+            'plans a second',
+            f'{content["plan_hz"]:.1f}',
+            f'of {camera_hz:.0f} pictures',
+            content['plan_hz'] >= 0.93 * camera_hz,
+        ),
+        _limited('K/V age p99', age['p99'], 150.0, 'ms'),
+        _limited('output gap p99', gap['p99'], 60.0, 'ms'),
+        _limited('longest output gap', gap['max'], 100.0, 'ms'),
+        page.Fact(
+            'fresh outputs',
+            _percent(content['fresh_share']),
+            'limit 99 %',
+            None if content['fresh_share'] is None else content['fresh_share'] >= 0.99,
+        ),
+        _count('invalid outputs', content['invalid_trajectories']),
+        _count('collisions', content['collisions']),
+        _count('red lights run', content['red_lights_run']),
+        page.Fact('route driven', _percent(content['route_completion'])),
+        page.Fact('distance', f'{content["distance_m"]:.0f} m'),
+    ]
+    scenario = str(content['scenario'] or 'unnamed').replace('_', ' ')
+    return page.headline(f'Drive: {scenario}, seed {content["seed"]}', sentence, facts)
+
+
+def _limited(label: str, value: float | None, limit: float, unit: str) -> page.Fact:
+    if value is None:
+        return page.Fact(label, '-')
+    return page.Fact(label, f'{value:.0f} {unit}', f'limit {limit:.0f} {unit}', value <= limit)
+
+
+def _count(label: str, value: int | None) -> page.Fact:
+    return page.Fact(label, page.number(value), good=None if value is None else value == 0)
+
+
+def _percent(value: float | None) -> str:
+    return '-' if value is None else f'{100.0 * value:.1f} %'
+
+
+def _moments(path: str | Path, drive: Recording, window: Window, namespace: str) -> list[Moment]:
+    plans = [plan for plan in drive.plans if window.holds(plan.received_ns)]
+    if not plans or not len(drive.odometry):
+        return []
+    rows = np.unique(np.linspace(0, len(plans) - 1, FILM_FRAMES).astype(int))
+    chosen = [plans[row] for row in rows]
+    wanted = {s for plan in chosen for s in (plan.stamp_ns, *plan.image_stamps_ns) if s}
+    shots = read_pictures(path, wanted, namespace)
+    arrivals = np.array([scene.received_ns for scene in drive.scenes], dtype=np.int64)
+    moments = []
+    for plan in chosen:
+        row = int(np.argmin(np.abs(drive.odometry_stamps_ns - plan.stamp_ns)))
+        seen = [_nearest_shot(track, plan.stamp_ns) for track in shots.values()]
+        scene = None
+        if len(arrivals):
+            scene = drive.scenes[int(np.argmin(np.abs(arrivals - plan.stamp_ns)))]
+        moments.append(
+            Moment(
+                (plan.stamp_ns - window.from_ns) * 1e-9,
+                plan,
+                drive.odometry[row, :3],
+                tuple(shot for shot in seen if shot is not None),
+                scene,
+            )
+        )
+    return moments
+
+
+def _nearest_shot(track: Sequence[PictureRecord], stamp_ns: int) -> PictureRecord | None:
+    nearest = min(track, key=lambda shot: abs(shot.stamp_ns - stamp_ns))
+    return nearest if abs(nearest.stamp_ns - stamp_ns) <= 100_000_000 else None
+
+
+def _frame(
+    moment: Moment,
+    drive: Recording,
+    views: Mapping[str, pictures.CameraView],
+    order: Sequence[str],
+    vehicle: Vehicle,
+) -> str:
+    ranks = {name: rank for rank, name in enumerate(order)}
+    row = [
+        _drawn(shot, moment, views.get(shot.camera))
+        for shot in sorted(
+            moment.shots, key=lambda shot: (ranks.get(shot.camera, 99), shot.camera)
+        )
+    ]
+    seen = pictures.picture_row([shot for shot in row if shot is not None]) if row else ''
+    said = _last_said(drive, moment.plan.received_ns)
+    words = f'<p class="remark">{page.escape(said)}</p>' if said else ''
+    middle = world_from_local(moment.ego, np.array([[VIEW_AHEAD_M, 0.0]]))[0]
+    above = charts.bird_view(
+        _around(moment, drive, vehicle),
+        center=(float(middle[0]), float(middle[1])),
+        radius_m=VIEW_RADIUS_M,
+        height=330,
+        ground='town-map',
+    )
+    return seen + words + above
+
+
+def _last_said(drive: Recording, before_ns: int) -> str:
+    earlier = [said for said in drive.reasonings if said.received_ns <= before_ns and said.text]
+    return earlier[-1].text if earlier else ''
+
+
+def _drawn(
+    shot: PictureRecord, moment: Moment, view: pictures.CameraView | None
+) -> pictures.Picture | None:
+    image = _pixels(shot)
+    if image is None:
+        return None
+    overlays: tuple[pictures.Overlay, ...] = ()
+    if view is not None and (view.width_px, view.height_px) == (image.shape[1], image.shape[0]):
+        path = np.concatenate([moment.ego[None, :], moment.plan.poses])
+        local = local_from_world(moment.ego, path)[:, :2]
+        pixels = pictures.project_ground(view, local)
+        if len(pixels) > 1 and float(np.ptp(local[:, 0])) > 0.5:
+            overlays = (pictures.Overlay(pixels, width_px=max(2.0, view.width_px / 90.0)),)
+    return pictures.encode_picture(image, shot.camera.replace('_', ' '), overlays)
+
+
+def _pixels(shot: PictureRecord) -> UInt8[np.ndarray, 'h w 3'] | None:
+    data = np.frombuffer(shot.data, dtype=np.uint8)
+    if shot.encoding == 'compressed':
+        import cv2
+
+        decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        return None if decoded is None else np.ascontiguousarray(decoded[:, :, ::-1])
+    rows = data.reshape(shot.height_px, -1)
+    if shot.encoding == 'mono8':
+        return np.repeat(rows[:, : shot.width_px, None], 3, axis=2)
+    channels = CHANNEL_ORDER.get(shot.encoding)
+    if channels is None:
+        return None
+    count = 4 if 'a' in shot.encoding else 3
+    grid = rows[:, : shot.width_px * count].reshape(shot.height_px, shot.width_px, count)
+    return np.ascontiguousarray(grid[:, :, list(channels)])
+
+
+def _ground(drive: Recording) -> list[charts.Shape]:
+    if drive.town_map is None:
+        return []
+    roads = [charts.Shape(ring, 'road', closed=True) for ring in drive.town_map.drivable]
+    lines = [
+        charts.Shape(line, 'marking', width_m=0.12, opacity=0.7)
+        for line in drive.town_map.centerlines
+    ]
+    return roads + lines
+
+
+def _around(moment: Moment, drive: Recording, vehicle: Vehicle) -> list[charts.Shape]:
+    shapes = []
+    if drive.route is not None:
+        near = np.hypot(*(drive.route - moment.ego[:2]).T) < 3.0 * VIEW_RADIUS_M
+        shapes += [
+            charts.Shape(np.stack([point, point]), 'route', width_m=0.9, label='route')
+            for point in drive.route[near]
+        ]
+    for agent in moment.scene.agents if moment.scene else ():
+        corners = box_corners(agent.pose, agent.length_m, max(agent.width_m, 0.6))
+        if np.hypot(*(corners[0] - moment.ego[:2])) < 4.0 * VIEW_RADIUS_M:
+            paint = 'person' if agent.kind == 'pedestrian' else 'agent'
+            shapes.append(charts.Shape(corners, paint, closed=True, label=agent.kind))
+    lanes = drive.town_map.lanes if drive.town_map else {}
+    for lane_id in moment.scene.red_lanes if moment.scene else ():
+        if lane_id in lanes:
+            ring = lanes[lane_id][1]
+            shapes.append(charts.Shape(ring, 'person', closed=True, opacity=0.18, label='red'))
+    center = world_from_local(moment.ego, np.array([[vehicle.rear_axle_to_center_m, 0.0, 0.0]]))[0]
+    body = box_corners(center, vehicle.length_m, vehicle.width_m)
+    path = np.concatenate([moment.ego[None, :2], moment.plan.poses[:, :2]])
+    dots = [charts.Shape(np.stack([p, p]), 'ego', width_m=0.9) for p in moment.plan.poses[:, :2]]
+    return [
+        *shapes,
+        charts.Shape(body, 'ego', closed=True, opacity=0.75, label='ego'),
+        charts.Shape(path, 'ego', width_m=0.35, label='plan'),
+        *dots,
+    ]
+
+
+def _timing(drive: Recording, window: Window) -> str:
+    plans = [plan for plan in drive.plans if window.holds(plan.received_ns)]
+    outputs = [output for output in drive.outputs if window.holds(output.received_ns)]
+    planned_s = stamps_s([plan.received_ns for plan in plans], window.from_ns)
+    ages_ms = np.array([(p.received_ns - p.kv_stamp_ns) * 1e-6 for p in plans])
+    sent_s = stamps_s([output.received_ns for output in outputs], window.from_ns)
+    gaps_ms = output_gaps_ms(outputs)
+    seconds = np.arange(0.5, max(window.seconds - 0.5, 0.6), 0.5)
+    stages = [dict(plan.stage_ms) for plan in plans]
+    lines = [
+        charts.Series(name, planned_s, np.array([row.get(f'{name}_ms', 0.0) for row in stages]))
+        for name in STAGES
+        if any(row.get(f'{name}_ms', 0.0) > 0.0 for row in stages)
+    ]
+    return page.section(
+        'Rates, ages, states',
+        page.columns(
+            charts.time_chart(
+                'Plans and outputs',
+                [
+                    charts.Series('plans', seconds, _rate_over(planned_s, seconds)),
+                    charts.Series('outputs', seconds, _rate_over(sent_s, seconds)),
+                ],
+                '1/s',
+            ),
+            charts.time_chart(
+                'Age of the picture whose K/V a plan used',
+                [charts.Series('at its arrival', planned_s, ages_ms)],
+                'ms',
+                [charts.Limit('150 ms', 150.0)],
+            ),
+            charts.time_chart(
+                'Time between outputs',
+                [charts.Series('gap', sent_s[1:], gaps_ms)],
+                'ms',
+                [charts.Limit('100 ms', 100.0)],
+            ),
+            charts.time_chart('Parts of a plan', lines, 'ms'),
+        ),
+        charts.state_band('State of the guardian', _spans(drive, window)),
+    )
+
+
+def _rate_over(
+    times_s: Float64[np.ndarray, 'n'], at_s: Float64[np.ndarray, 'm']
+) -> Float64[np.ndarray, 'm']:
+    """Events a second within half a second either side."""
+    count = np.searchsorted(times_s, at_s + 0.5) - np.searchsorted(times_s, at_s - 0.5)
+    return np.asarray(count, dtype=np.float64)
+
+
+def _spans(drive: Recording, window: Window) -> list[charts.Span]:
+    spans: list[charts.Span] = []
+    for index, told in enumerate(drive.states):
+        last = index + 1 == len(drive.states)
+        until = window.to_ns if last else drive.states[index + 1].received_ns
+        from_s = max(0.0, (told.received_ns - window.from_ns) * 1e-9)
+        to_s = min(window.seconds, (until - window.from_ns) * 1e-9)
+        if to_s <= from_s:
+            continue
+        if spans and spans[-1].state == told.state:
+            spans[-1] = charts.Span(spans[-1].from_s, to_s, told.state)
+        else:
+            spans.append(charts.Span(from_s, to_s, told.state))
+    return spans
+
+
+def _motion(drive: Recording, window: Window) -> str:
+    driven_s = (drive.odometry_stamps_ns - window.from_ns) * 1e-9
+    keep = (driven_s >= 0.0) & (driven_s <= window.seconds)
+    plans = [plan for plan in drive.plans if window.holds(plan.received_ns)]
+    ahead = np.array([_planned_speed_mps(plan) for plan in plans])
+    planned_s = stamps_s([plan.stamp_ns for plan in plans], window.from_ns)
+    track = [charts.Shape(drive.odometry[keep][::5, :2], 'ego', width_m=1.2, label='driven')]
+    ends = [drive.odometry[keep][[-1], :2]] if keep.any() else []
+    track += [charts.Shape(np.concatenate([end, end]), 'ego', width_m=5.0) for end in ends]
+    route = [charts.Shape(drive.route, 'route', width_m=0.6)] if drive.route is not None else []
+    return page.section(
+        'The drive',
+        page.columns(
+            charts.time_chart(
+                'Speed',
+                [
+                    charts.Series('driven', driven_s[keep], drive.odometry[keep, 3]),
+                    charts.Series('planned, one second ahead', planned_s, ahead),
+                ],
+                'm/s',
+            ),
+            charts.time_chart(
+                'Yaw rate',
+                [charts.Series('driven', driven_s[keep], drive.odometry[keep, 4])],
+                'rad/s',
+            ),
+        ),
+        charts.bird_view(route + track, height=300, ground='town-map') if keep.any() else '',
+    )
+
+
+def _planned_speed_mps(plan: PlanRecord) -> float:
+    steps_m = np.hypot(*np.diff(plan.poses[:, :2], axis=0).T)
+    middles_s = 0.5 * (plan.times_s[1:] + plan.times_s[:-1])
+    return float(np.interp(1.0, middles_s, steps_m / np.diff(plan.times_s)))
+
+
+def _reasoning(drive: Recording, window: Window) -> str:
+    entries, last = [], ''
+    for said in drive.reasonings:
+        if not window.holds(said.received_ns) or not said.text or said.text == last:
+            continue
+        last = said.text
+        tag = said.thinking
+        if said.agreement is not None:
+            tag += ', agrees' if said.agreement else ', disagrees'
+        entries.append(
+            charts.Entry((said.received_ns - window.from_ns) * 1e-9, said.text, tag.strip(', '))
+        )
+    if not entries:
+        return page.section('Reasoning', note='The drive holds no reasoning.')
+    return page.section(
+        'Reasoning',
+        charts.timeline(entries),
+        note='Where the words changed. "agrees" is a rule: the words and the planned motion say '
+        'the same. It does not say that the words caused the motion.',
+    )
+
+
+def _numbers(content: Mapping[str, Any]) -> str:
+    stages = [
+        (name, spread['p50'], spread['p99'])
+        for name, spread in content['stage_ms'].items()
+        if spread['p99']
+    ]
+    plain = [
+        (name, value)
+        for name, value in content.items()
+        if isinstance(value, str | int | float | bool) and value != ''
+    ]
+    states = [(state, _percent(share)) for state, share in content['states'].items()]
+    libraries = list(content['versions'].items())
+    return page.section(
+        'Numbers',
+        page.columns(
+            page.table(['summary.json', ''], plain),
+            page.table(['stage', 'p50 ms', 'p99 ms'], stages)
+            + page.table(['state', 'share of time'], states)
+            + page.table(['reason to be degraded', 'plans'], list(content['degraded'].items()))
+            + page.table(['version', ''], libraries),
+        ),
+    )
