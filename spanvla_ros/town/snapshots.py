@@ -133,9 +133,11 @@ def _weight(world: World, plan: ReferencePlan) -> float:
         name = component.kind
         near = component.distance_m < 45.0
         if name == 'pedestrian' and component.behaviour == 'crossing':
-            weight += 2.5
+            weight += 4.0
+        elif name == 'lead vehicle' and near and component.behaviour != 'steady':
+            weight += 1.5
         elif name == 'red light' and near:
-            weight += 0.8
+            weight += 1.2
         elif name in ('lead vehicle', 'green light') and near:
             weight += 0.4
         elif name in ('left turn', 'right turn', 'curve', 'pedestrian'):
