@@ -165,9 +165,7 @@ def _through_cv_bridge(msg: Any) -> Picture | None:
     return np.ascontiguousarray(picture, dtype=np.uint8)
 
 
-def read_compressed_image(
-    msg: Any, camera: str, info: Intrinsics | None = None
-) -> CameraFrame:
+def read_compressed_image(msg: Any, camera: str, info: Intrinsics | None = None) -> CameraFrame:
     """A `sensor_msgs/CompressedImage` (JPEG or PNG, colour or grey) as an RGB picture.
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2.storage_mcap import McapWriter
 from rosbags.typesys import Stores, get_typestore
 
 from spanvla_ros.types import SpanvlaError
@@ -55,7 +56,7 @@ class BagFile:
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
         storage = self._writer.storage
-        if storage is None or not self._pending:
+        if not isinstance(storage, McapWriter) or not self._pending:
             return
         # The library closes a chunk only when it is full; what is in an open one dies with us.
         if storage.chunk.bio.tell():

@@ -23,11 +23,19 @@ NAMESPACE = '/spanvla'
 # Above 101 the ports of a domain may meet those the kernel hands out by itself.
 DOMAINS = range(1, 102)
 THREAD_VARIABLES = (
-    'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENCV_FOR_THREADS_NUM',
+    'OMP_NUM_THREADS',
+    'OPENBLAS_NUM_THREADS',
+    'MKL_NUM_THREADS',
+    'OPENCV_FOR_THREADS_NUM',
 )
 FOREIGN_VARIABLES = (
-    'ROS_DISCOVERY_SERVER', 'ROS_STATIC_PEERS', 'ROS_LOCALHOST_ONLY', 'ROS_NAMESPACE',
-    'FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE', 'CYCLONEDDS_URI',
+    'ROS_DISCOVERY_SERVER',
+    'ROS_STATIC_PEERS',
+    'ROS_LOCALHOST_ONLY',
+    'ROS_NAMESPACE',
+    'FASTDDS_DEFAULT_PROFILES_FILE',
+    'FASTRTPS_DEFAULT_PROFILES_FILE',
+    'CYCLONEDDS_URI',
 )
 PARENT_VARIABLE = 'SPANVLA_PARENT_PID'
 
@@ -86,8 +94,12 @@ class NodeProcess:
     def start(self) -> None:
         """Start the process; after a death, start it again."""
         command = [
-            sys.executable, '-m', f'spanvla_ros.ros.{self.name}_node',
-            '--ros-args', '-r', f'__ns:={NAMESPACE}',
+            sys.executable,
+            '-m',
+            f'spanvla_ros.ros.{self.name}_node',
+            '--ros-args',
+            '-r',
+            f'__ns:={NAMESPACE}',
         ]
         for key, value in self.parameters.items():
             # A JSON value is a YAML value too, whatever spaces or colons a path holds.
@@ -95,8 +107,12 @@ class NodeProcess:
         if self._log is None:
             self._log = open(self.log_file, 'ab')  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, env=dict(self.environment), stdin=subprocess.DEVNULL,
-            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            command,
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     @property

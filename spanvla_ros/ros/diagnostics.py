@@ -49,9 +49,11 @@ class InputMeter:
     def status(self, now_ns: int) -> DiagnosticStatus:
         """The input's line: ERROR after a refusal, STALE without messages, else OK."""
         arrivals = [ns for ns in self._arrivals_ns if now_ns - ns < 5_000_000_000]
-        rate_hz = (len(arrivals) - 1) / max((arrivals[-1] - arrivals[0]) / 1e9, 1e-6) if (
-            len(arrivals) > 1
-        ) else 0.0
+        rate_hz = (
+            (len(arrivals) - 1) / max((arrivals[-1] - arrivals[0]) / 1e9, 1e-6)
+            if (len(arrivals) > 1)
+            else 0.0
+        )
         values = {
             'received': str(self.received),
             'dropped': str(self.dropped),

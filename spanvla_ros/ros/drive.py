@@ -38,11 +38,12 @@ from spanvla_ros.ros.children import (
     process_cpu_s,
 )
 from spanvla_ros.ros.parameters import PlannerSettings, RecorderSettings, TownSettings
-from spanvla_ros.town.scenarios import FAMILIES
+from spanvla_ros.town.scenarios import FAMILIES, MIX
 from spanvla_ros.types import SCHEDULES, SpanvlaError, Vehicle
 
 NODES = ('recorder', 'guardian', 'follower', 'planner', 'town')
 # A dead one of these is started again; without the other two there is no drive to go on with.
+SCENARIOS = (*FAMILIES, MIX)
 RESPAWNED = ('guardian', 'follower', 'planner')
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
@@ -51,16 +52,8 @@ SETTINGS = {'planner': PlannerSettings, 'recorder': RecorderSettings, 'town': To
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `spanvla drive`."""
-    parser.description = 'Drive the town in real time over DDS and report what was recorded.'
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        'examples:\n'
-        '  spanvla drive --seconds 30\n'
-        '  spanvla drive --scenario red_light --seed 3 --schedule sequential --out out/red\n'
-        '  spanvla drive --set planner.overlay_hz=0 --set town.image_transport=compressed\n'
-    )
     parser.add_argument('--seconds', type=float, default=30.0, help='length of the drive')
-    parser.add_argument('--scenario', default='mix', help=f'one of {", ".join((*FAMILIES, "mix"))}')
+    parser.add_argument('--scenario', default=MIX, help=f'one of {", ".join(SCENARIOS)}')
     parser.add_argument('--seed', type=int, default=0, help='seed of the world')
     parser.add_argument('--camera-hz', type=float, default=15.0, help='pictures a second')
     parser.add_argument('--schedule', choices=SCHEDULES, help='default: that of the model')
@@ -69,7 +62,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--vehicle', default='', help='vehicle file; default: the built-in one')
     parser.add_argument('--out', default='out/drive', help='folder for what the drive leaves')
     parser.add_argument(
-        '--set', action='append', default=[], metavar='NODE.PARAMETER=VALUE', dest='overrides',
+        '--set',
+        action='append',
+        default=[],
+        metavar='NODE.PARAMETER=VALUE',
+        dest='overrides',
         help='a parameter of one node; repeatable',
     )
 
@@ -88,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
     recording = out / 'drive.mcap'
     recover(recording)
     if not recording.exists():
-        raise SpanvlaError(f'drive: nothing was recorded; {failure or "see " + str(drive.log_dir)}')
+        why = failure or f'see {drive.log_dir}'
+        raise SpanvlaError(f'drive: nothing was recorded; {why}')
     return _report(recording, drive, failure)
 
 
@@ -97,9 +95,9 @@ def _check(options: argparse.Namespace) -> None:
         raise SpanvlaError(f'--seconds {options.seconds}: must lie between 1 and 3600')
     if not 1.0 <= options.camera_hz <= 60.0:
         raise SpanvlaError(f'--camera-hz {options.camera_hz}: must lie between 1 and 60')
-    if options.scenario not in (*FAMILIES, 'mix'):
+    if options.scenario not in SCENARIOS:
         raise SpanvlaError(
-            f'--scenario {options.scenario}: unknown; choose from {", ".join((*FAMILIES, "mix"))}'
+            f'--scenario {options.scenario}: unknown; choose from {", ".join(SCENARIOS)}'
         )
     if not 0 <= options.seed < 2**31:
         raise SpanvlaError(f'--seed {options.seed}: must lie between 0 and 2147483647')
@@ -200,7 +198,9 @@ class Drive:
         os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
         context = rclpy.Context()
         rclpy.init(
-            context=context, domain_id=self.domain, args=[],
+            context=context,
+            domain_id=self.domain,
+            args=[],
             signal_handler_options=SignalHandlerOptions.NO,
         )
         node = rclpy.create_node('drive', namespace=NAMESPACE, context=context)
@@ -319,9 +319,9 @@ def _report(recording: Path, drive: Drive, failure: str) -> int:
     out = recording.parent
     write_text(out / 'summary.json', json.dumps(content, indent=2, allow_nan=False) + '\n')
     write_page(recording, content, out / 'index.html')
-    print(_line(content, out))
+    print(_line(content, out))  # noqa: T201
     if failure:
-        print(f'drive: broke off: {failure}', file=sys.stderr)
+        print(f'drive: broke off: {failure}', file=sys.stderr)  # noqa: T201
     return 1 if failure else 0
 
 

@@ -77,15 +77,20 @@ class PlannerSettings:
         'auto', 'inference backend', choices=('auto', 'onnxruntime', 'torch', 'tensorrt')
     )
     schedule: str = setting(
-        'model', 'reasoning schedule; model takes the default of the model',
+        'model',
+        'reasoning schedule; model takes the default of the model',
         choices=('model', *SCHEDULES),
     )
     steps: int = setting(0, 'flow steps; 0 takes the default of the model', low=0, high=100)
-    autostart: bool = setting(True, 'configure and activate without a lifecycle manager')
+    autostart: bool = setting(
+        default=True, text='configure and activate without a lifecycle manager'
+    )
     camera_topics: tuple[str, ...] = setting(
         ('',), 'pairs camera=topic that replace input/<camera>/image'
     )
-    use_cv_bridge: bool = setting(False, 'convert raw images with cv_bridge where installed')
+    use_cv_bridge: bool = setting(
+        default=False, text='convert raw images with cv_bridge where installed'
+    )
     sync_wait_ms: float = setting(
         8.0, 'how long the other cameras are waited for after the anchor', low=0.0, high=100.0
     )
@@ -107,7 +112,7 @@ class RecorderSettings:
     cameras: tuple[str, ...] = setting(
         ('front', 'front_left', 'front_right'), 'cameras whose pictures are recorded'
     )
-    record_images: bool = setting(True, 'record camera pictures')
+    record_images: bool = setting(default=True, text='record camera pictures')
     flush_s: float = setting(0.5, 'most that a kill may lose', low=0.05, high=10.0)
     incident_s: float = setting(20.0, 'length of what save_incident keeps', low=1.0, high=120.0)
     incident_mb: int = setting(128, 'memory for what save_incident keeps', low=1, high=4096)
@@ -124,10 +129,10 @@ class TownSettings:
     image_transport: str = setting('raw', 'form of the pictures', choices=('raw', 'compressed'))
     vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
     wait_for_driver: bool = setting(
-        True, 'hold the world still until the first command that moves the car'
+        default=True, text='hold the world still until the first command that moves the car'
     )
     reference_plans: bool = setting(
-        False, 'publish plans of the reference driver, for a drive without a planner'
+        default=False, text='publish plans of the reference driver, for a drive without a planner'
     )
     command_timeout_s: float = setting(
         0.5, 'without a command for this long the car brakes by itself', low=0.05, high=5.0

@@ -125,7 +125,10 @@ class PlannerNode(LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         topics = dict(pair.split('=', 1) for pair in self.settings.camera_topics if '=' in pair)
         self._cameras = CameraInputs(
-            self, self._model.cameras, topics, self.settings.input_timeout_s,
+            self,
+            self._model.cameras,
+            topics,
+            self.settings.input_timeout_s,
             use_cv_bridge=self.settings.use_cv_bridge,
         )
         self._stop.clear()
@@ -367,13 +370,11 @@ class PlannerNode(LifecycleNode):
             self._reasoning_stamp_ns = plan.reasoning_stamp_ns
             self._reasoning_out.publish(String(data=reasoning_json(plan, self._now_ns())))
         now_s = time.monotonic()
-        if self.settings.overlay_hz > 0 and now_s - self._overlay_s >= 1 / self.settings.overlay_hz:
+        if (now_s - self._overlay_s) * self.settings.overlay_hz >= 1.0:
             self._overlay_s = now_s
             self._publish_overlay(plan, frames, model)
 
-    def _publish_overlay(
-        self, plan: Plan, frames: list[CameraFrame], model: LoadedModel
-    ) -> None:
+    def _publish_overlay(self, plan: Plan, frames: list[CameraFrame], model: LoadedModel) -> None:
         camera = model.cameras[0]
         picture = next((frame.image for frame in frames if frame.camera == camera.name), None)
         if picture is None:

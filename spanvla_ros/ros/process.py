@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -20,6 +20,7 @@ from spanvla_ros.types import SpanvlaError
 HARD_EXIT_S = 5.0
 
 
+@runtime_checkable
 class ClosableNode(Protocol):
     """A node with something of its own to stop before it is destroyed."""
 
@@ -52,7 +53,7 @@ def run_node(make: Callable[[], Node]) -> int:
         while rclpy.ok() and not stopping.is_set():
             executor.spin_once(timeout_sec=0.2)
     except SpanvlaError as error:
-        print(error, file=sys.stderr, flush=True)
+        _say(str(error))
         status = 2
     except ExternalShutdownException:
         pass
@@ -80,4 +81,9 @@ def _close(node: Node | None) -> None:
             node.destroy_node()
         rclpy.try_shutdown()
     except Exception as error:
-        print(f'shutdown: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
+        _say(f'shutdown: {type(error).__name__}: {error}')
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f'{text}\n')
+    sys.stderr.flush()

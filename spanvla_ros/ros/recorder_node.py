@@ -66,10 +66,13 @@ class RecorderNode(Node):
         super().__init__('recorder')
         self.settings = declare(self, RecorderSettings)
         self._file = BagFile(self.settings.out)
-        self._queue: queue.Queue[tuple[str, str, int, bytes] | Path | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[str, str, int, bytes] | tuple[()] | Path | None] = (
+            queue.Queue()
+        )
         self._ring: deque[tuple[str, str, int, bytes]] = deque()
         self._ring_bytes = 0
         self._written = 0
+        self._flushed_s = 0.0
         self._fault = ''
         self._latest_latched: dict[str, bytes] = {}
         for topic, kind, profiles in TOPICS:
@@ -78,9 +81,7 @@ class RecorderNode(Node):
             self._record(f'input/{camera}/camera_info', CameraInfo, (BEST_EFFORT,))
             if self.settings.record_images:
                 self._record(f'input/{camera}/image', Image, (BEST_EFFORT,))
-                self._record(
-                    f'input/{camera}/image/compressed', CompressedImage, (BEST_EFFORT,)
-                )
+                self._record(f'input/{camera}/image/compressed', CompressedImage, (BEST_EFFORT,))
         self.create_service(Trigger, '~/save_incident', self._on_save_incident)
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
@@ -107,24 +108,29 @@ class RecorderNode(Node):
         return take
 
     def _run_writer(self) -> None:
-        flushed_s = time.monotonic()
-        while True:
-            try:
-                item = self._queue.get(timeout=self.settings.flush_s)
-                if item is None:
-                    return
-                if isinstance(item, Path):
-                    self._write_incident(item)
-                else:
-                    self._write(item)
-                if time.monotonic() - flushed_s >= self.settings.flush_s:
-                    self._file.flush()
-                    flushed_s = time.monotonic()
-            except queue.Empty:
+        while self._write_next():
+            pass
+
+    def _write_next(self) -> bool:
+        """Write one queued item, or flush when there is none; False at the end."""
+        try:
+            item = self._queue.get(timeout=self.settings.flush_s)
+        except queue.Empty:
+            item = ()
+        if item is None:
+            return False
+        try:
+            if isinstance(item, Path):
+                self._write_incident(item)
+            elif item:
+                self._write(item)
+            if not item or time.monotonic() - self._flushed_s >= self.settings.flush_s:
                 self._file.flush()
-            except OSError as error:
-                # A full disk must not end the process: the diagnostics say it, driving goes on.
-                self._fault = f'writing failed: {error}'
+                self._flushed_s = time.monotonic()
+        except OSError as error:
+            # A full disk must not end the process: the diagnostics say it, driving goes on.
+            self._fault = f'writing failed: {error}'
+        return True
 
     def _write(self, item: tuple[str, str, int, bytes]) -> None:
         self._file.write(*item)

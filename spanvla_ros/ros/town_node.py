@@ -171,7 +171,9 @@ class TownNode(Node):
         command = self._command
         ego = self.world.ego
         if command is None or time.monotonic() - command[1] > self.settings.command_timeout_s:
-            return DriveCommand(0.0, 0.0, -limit.max_decel_mps2, 0.0, True, 'no command')
+            return DriveCommand(
+                0.0, 0.0, -limit.max_decel_mps2, ego.steering_rad, braking=True, reason='silence'
+            )
         twist = command[0]
         speed_mps, yaw_rate_radps = float(twist.linear.x), float(twist.angular.z)
         curvature = yaw_rate_radps / max(speed_mps, ego.speed_mps, 0.1)
@@ -282,7 +284,9 @@ class TownNode(Node):
         self._plan_id += 1
         plan = replace(
             ReferenceDriver(world).plan(observation),
-            plan_id=self._plan_id, image_stamps_ns=(stamp_ns,), kv_stamp_ns=stamp_ns,
+            plan_id=self._plan_id,
+            image_stamps_ns=(stamp_ns,),
+            kv_stamp_ns=stamp_ns,
         )
         self._plans.publish(String(data=plan.to_json()))
 
