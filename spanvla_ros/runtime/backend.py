@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -22,6 +22,7 @@ from spanvla_ros.types import MissingExtraError, SpanvlaError
 Array = np.ndarray
 
 
+@runtime_checkable
 class Backend(Protocol):
     """One loaded model on one engine; not safe for use from two threads at once."""
 
@@ -87,7 +88,8 @@ def _load_torch(directory: ModelDirectory) -> Backend:
         if (error.name or '').split('.')[0] in ('torch', 'transformers'):
             raise MissingExtraError(str(error.name), 'train') from error
         raise
-    return TorchBackend(directory)
+    backend: Backend = TorchBackend(directory)
+    return backend
 
 
 LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {

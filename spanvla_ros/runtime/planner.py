@@ -34,6 +34,7 @@ from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
 from spanvla_ros.model.reasoning import agreement, meta_action
 from spanvla_ros.runtime.backend import Backend, open_backend
 from spanvla_ros.runtime.reasoner import Prompt, Reasoner, Reasoning, ThinkMeter, padded
+from spanvla_ros.runtime.settling import settled
 from spanvla_ros.types import (
     SCHEDULES,
     CameraFrame,
@@ -49,9 +50,6 @@ from spanvla_ros.types import (
 REASONING_MAX_AGE_S = 2.0
 SLICE_MS = 10.0
 VISION_KEEP_S = 0.5
-STANDSTILL_MPS = 0.3
-STANDSTILL_TRAVEL_M = 0.5
-CREEP_MPS = 0.2
 NS = 1_000_000_000
 
 
@@ -333,9 +331,10 @@ class Planner:
 
         def velocity(x: np.ndarray, at: float) -> np.ndarray:
             features = time_features(at)[None]
-            return self.backend.step(
+            moved: np.ndarray = self.backend.step(
                 x[None], features, ego, bridge.keys, bridge.values, bridge.valid
             )[0]
+            return moved
 
         start = start_state(config.source, config.waypoints)
         x: Float32[np.ndarray, 't 3'] = euler(velocity, start, self.steps)
@@ -389,34 +388,6 @@ def _image_stamps(observation: Observation) -> tuple[int | None, ...]:
         for camera in observation.frames
         for frame in camera
     )
-
-
-def settled(
-    poses: Float64[np.ndarray, 't 3'], times_s: Float64[np.ndarray, 't'], speed_mps: float
-) -> Float64[np.ndarray, 't 3']:
-    """The plan without wriggling near standstill and without reversing.
-
-    A pose that has not moved on along the last kept pose's heading by at least 0.2 m/s since the
-    previous time repeats the kept pose; progress adds up, so slow starts stay. A standing car
-    whose whole plan leads less than 0.5 m ahead stays where it is. Faster parts of a plan are
-    never touched.
-
-    Args:
-        poses: poses in `base_link`.
-        times_s: their times.
-        speed_mps: present speed.
-    """
-    calm = poses.copy()
-    kept = np.zeros(3)
-    for index, step_s in enumerate(np.diff(times_s, prepend=0.0)):
-        dx, dy = poses[index, 0] - kept[0], poses[index, 1] - kept[1]
-        ahead_m = np.cos(kept[2]) * dx + np.sin(kept[2]) * dy
-        if ahead_m >= CREEP_MPS * step_s:
-            kept = poses[index]
-        calm[index] = kept
-    if abs(speed_mps) < STANDSTILL_MPS and np.hypot(*calm[-1, :2]) < STANDSTILL_TRAVEL_M:
-        calm[:] = 0.0
-    return calm
 
 
 class _Stopwatch:

@@ -1,0 +1,110 @@
+"""What the ONNX Runtime engine refuses, and that it gives what the graphs compute."""
+
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from spanvla_ros.model.checkpoint import load_model_dir, write_manifest
+from spanvla_ros.model.config import dump_config, with_settings
+from spanvla_ros.runtime.backend import open_backend
+from spanvla_ros.runtime.onnx_ import OnnxBackend, external_locations
+from spanvla_ros.types import MissingExtraError, SpanvlaError
+
+
+@pytest.fixture
+def copy(toy, tmp_path):
+    shutil.copytree(toy.path, tmp_path / 'model')
+    return tmp_path / 'model'
+
+
+def test_graphs_give_what_they_compute(toy):
+    backend = OnnxBackend(load_model_dir(toy.path))
+    image = np.random.default_rng(0).random((1, 3, 112, 224), dtype=np.float32)
+    embeds = backend.vision(image)
+    np.testing.assert_allclose(embeds[5, :3], image.mean((0, 2, 3)), rtol=1e-4)
+    ids = np.arange(164, dtype=np.int64)[None]
+    valid = np.ones((1, 164), np.float32)
+    keys, values = backend.prefill_action(ids, np.tile(embeds, (3, 1)), valid)
+    assert keys.shape == values.shape == (2, 1, 1, 164, 2)
+    all_keys, _, logits = backend.prefill_reason(ids, np.tile(embeds, (3, 1)), valid)
+    np.testing.assert_array_equal(all_keys[::2], keys)
+    assert logits.shape[0] == 1
+
+
+def test_an_unknown_backend_or_provider_names_the_choices(toy):
+    with pytest.raises(SpanvlaError, match='onnxruntime'):
+        open_backend(toy.path, 'abacus')
+    with pytest.raises(SpanvlaError, match='CPUExecutionProvider'):
+        OnnxBackend(load_model_dir(toy.path), providers=('NoSuchProvider',))
+
+
+def test_without_onnxruntime_the_pip_line_is_named(toy, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(MissingExtraError, match=r'spanvla_ros\[onnx\]'):
+        open_backend(toy.path, 'onnxruntime')
+
+
+def test_a_missing_graph_names_the_export(copy):
+    (copy / 'graphs' / 'step.onnx').unlink()
+    write_manifest(copy)
+    with pytest.raises(SpanvlaError, match='spanvla export'):
+        open_backend(copy, 'onnxruntime')
+
+
+def test_graphs_of_another_layout_are_refused(copy, toy):
+    (copy / 'config.yaml').write_text(dump_config(with_settings(toy.config, prompt_tokens=180)))
+    write_manifest(copy)
+    with pytest.raises(SpanvlaError, match='prefill_action takes ids'):
+        open_backend(copy, 'onnxruntime')
+
+
+def test_a_graph_that_is_none_is_refused_in_one_sentence(copy):
+    (copy / 'graphs' / 'step.onnx').write_bytes(b'not a graph')
+    write_manifest(copy)
+    with pytest.raises(SpanvlaError, match='ONNX Runtime refuses'):
+        open_backend(copy, 'onnxruntime')
+
+
+@pytest.mark.parametrize('location', ['../../secret.data', '/etc/hostname', 'unlisted.data'])
+def test_weights_outside_the_model_are_refused(copy, location):
+    path = copy / 'graphs' / 'step.onnx'
+    graph = onnx.load(str(path))
+    outside = TensorProto(name='stolen', data_type=TensorProto.FLOAT, dims=[1])
+    outside.data_location = TensorProto.EXTERNAL
+    outside.external_data.add(key='location', value=location)
+    graph.graph.initializer.append(outside)
+    path.write_bytes(graph.SerializeToString())
+    write_manifest(copy)
+    with pytest.raises(SpanvlaError, match='not a listed file'):
+        open_backend(copy, 'onnxruntime')
+
+
+def test_external_data_beside_the_graph_is_used_and_found(copy):
+    path = copy / 'graphs' / 'decode.onnx'
+    graph = onnx.load(str(path))
+    onnx.save_model(
+        graph, str(path), save_as_external_data=True, location='weights.data', size_threshold=1024
+    )
+    assert external_locations(path.read_bytes()) == {'weights.data'}
+    write_manifest(copy)
+    assert OnnxBackend(load_model_dir(copy)).name == 'onnxruntime'
+
+
+def test_inputs_of_other_names_are_refused(copy):
+    node = helper.make_node('Identity', ['picture'], ['embeds'])
+    shape = [1, 3, 112, 224]
+    graph = helper.make_graph(
+        [node],
+        'vision',
+        [helper.make_tensor_value_info('picture', TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info('embeds', TensorProto.FLOAT, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=9)
+    onnx.save_model(model, str(copy / 'graphs' / 'vision.onnx'))
+    write_manifest(copy)
+    with pytest.raises(SpanvlaError, match='not those of vision'):
+        open_backend(copy, 'onnxruntime')

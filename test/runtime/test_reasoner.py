@@ -1,0 +1,89 @@
+"""Greedy, constrained, sliced decoding through real decode graphs."""
+
+import numpy as np
+import pytest
+
+from spanvla_ros.runtime.backend import open_backend
+from spanvla_ros.runtime.reasoner import Prompt, Reasoner
+
+from .conftest import SAID, build_toy
+
+WORDS = ' '.join(SAID.split()[1:-1])
+
+
+def prompt_of(toy, stamp_ns=7):
+    length = toy.layout.length
+    embeds = np.zeros((len(toy.layout.image_positions), 4), np.float32)
+    ids = np.arange(length, dtype=np.int64)[None]
+    return Prompt(stamp_ns, ids, embeds, np.ones((1, length), np.float32))
+
+
+def reasoner_of(toy):
+    return Reasoner(open_backend(toy.path, 'onnxruntime'), toy.layout)
+
+
+def test_one_slice_or_many_give_the_same_reasoning(toy):
+    whole, sliced = reasoner_of(toy), reasoner_of(toy)
+    whole.start(prompt_of(toy))
+    expected = whole.advance(float('inf'))
+    sliced.start(prompt_of(toy))
+    said, slices = None, 0
+    while said is None:
+        said = sliced.advance(0.0)
+        slices += 1
+    assert said == expected
+    assert (said.text, said.thinking, said.stamp_ns) == (WORDS, 'slow', 7)
+    assert slices == len(SAID.split()) + 1
+    assert not sliced.busy
+
+
+def test_action_tokens_are_never_said_however_loud(toy):
+    reasoner = reasoner_of(toy)
+    reasoner.start(prompt_of(toy))
+    assert '<action' not in reasoner.advance(float('inf')).text
+
+
+def test_the_cache_of_a_whole_episode_holds_every_token_at_its_place(toy):
+    reasoner = reasoner_of(toy)
+    said, cache = reasoner.run(prompt_of(toy))
+    start = toy.config.prompt_tokens
+    answer = toy.layout.encode_answer(said.text, 'slow')
+    np.testing.assert_allclose(
+        cache.keys[1, 0, 0, start : start + len(answer), 1], answer * 1e-3, rtol=1e-6
+    )
+    # The toy's values add (position - attended tokens): the masked reasoning slot, always.
+    off = cache.values[0, 0, 0, start : start + len(answer), 0] - answer * 1e-3
+    np.testing.assert_allclose(off, toy.config.reasoning_slot, rtol=1e-4)
+    assert cache.valid[0, start:].sum() == len(answer)
+    assert not cache.valid[0, toy.layout.slot].any()
+
+
+def test_fast_thinking_is_known_by_its_words_and_leaves_no_text(tmp_path):
+    toy = build_toy(tmp_path / 'fast', said='<think> directly predict the final action </think>')
+    reasoner = reasoner_of(toy)
+    reasoner.start(prompt_of(toy))
+    said = reasoner.advance(float('inf'))
+    assert (said.text, said.thinking) == ('', 'fast')
+    assert (reasoner.meter.fast, reasoner.meter.slow) == (1, 0)
+    assert reasoner.meter.tokens_per_s > 0
+
+
+@pytest.mark.parametrize('ends', ['</think>', '<action_start>'])
+def test_an_endless_reasoning_is_closed_within_the_answer_room(tmp_path, ends):
+    said = '<think> lead vehicle lead' if ends == '</think>' else '<think> stop <action_start>'
+    toy = build_toy(tmp_path / 'endless', said=said)
+    reasoner = reasoner_of(toy)
+    spoken, cache = reasoner.run(prompt_of(toy))
+    used = int(cache.valid[0, toy.config.prompt_tokens :].sum())
+    assert used <= toy.config.answer_tokens
+    assert spoken.text.split()[0] in ('lead', 'stop')
+    if ends == '</think>':
+        assert used == toy.config.answer_tokens
+
+
+def test_a_new_start_drops_the_episode_under_way(toy):
+    reasoner = reasoner_of(toy)
+    reasoner.start(prompt_of(toy, 1))
+    reasoner.advance(float('inf'), tokens=5)
+    reasoner.start(prompt_of(toy, 2))
+    assert reasoner.advance(float('inf')).stamp_ns == 2
