@@ -81,6 +81,11 @@ class ObservationBuilder:
         self.refusal = ''
         self.reset()
 
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """The model's cameras; the pictures of the first anchor the observations."""
+        return self._config.camera_names
+
     def reset(self) -> None:
         """Forget pictures and ego states; the announced route and command stay."""
         self._frames: dict[str, list[CameraFrame]] = {n: [] for n in self._config.camera_names}

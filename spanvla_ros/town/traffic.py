@@ -180,6 +180,11 @@ class Surroundings:
     seed: int
 
     @cached_property
+    def mirrored_ground(self) -> tuple[GroundPolygon, ...]:
+        """The ground in a mirror."""
+        return tuple(replace(g, points=g.points * [1.0, -1.0]) for g in self.ground)
+
+    @cached_property
     def scene_map(self) -> SceneMap:
         """The lane map, unmirrored."""
         return build_map(self.corridor, self.speed_limit_mps)
@@ -251,9 +256,7 @@ class World:
 
     def ground(self) -> tuple[GroundPolygon, ...]:
         """The painted ground, static; later polygons cover earlier ones."""
-        if not self.mirror:
-            return self.around.ground
-        return tuple(replace(g, points=g.points * [1.0, -1.0]) for g in self.around.ground)
+        return self.around.mirrored_ground if self.mirror else self.around.ground
 
     def boxes(self) -> tuple[Box, ...]:
         """Everything that stands upright, now."""
