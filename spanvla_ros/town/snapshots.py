@@ -135,7 +135,7 @@ def _weight(world: World, plan: ReferencePlan) -> float:
         if name == 'pedestrian' and component.behaviour == 'crossing':
             weight += 4.0
         elif name == 'lead vehicle' and near and component.behaviour != 'steady':
-            weight += 1.5
+            weight += 4.0
         elif name == 'red light' and near:
             weight += 1.2
         elif name in ('lead vehicle', 'green light') and near:

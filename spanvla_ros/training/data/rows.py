@@ -1,0 +1,121 @@
+"""From a moment of the town to a training row: what is seen, what should follow, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from spanvla_ros.geometry import interpolate_poses, world_from_local
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.reasoning import MAX_COMPONENTS, Component, write_reasoning
+from spanvla_ros.runtime.observations import ObservationBuilder
+from spanvla_ros.town.camera import Renderer
+from spanvla_ros.town.driver import STEP_S, ReferencePlan
+from spanvla_ros.town.snapshots import Snapshot, facts
+from spanvla_ros.training.data.labels import needs_thought, presence, visible_facts
+from spanvla_ros.training.data.shards import TrainingRow
+from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample
+
+START_NS = 1_000_000_000_000
+TEXT_AGE_S = (0.2, 2.0)
+
+
+class RowMaker:
+    """Turns snapshots into rows for one model's cameras, history and horizon."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Draw for the cameras of `config`, one frame each: a snapshot has no earlier pictures."""
+        self.config = config
+        self.renderer = Renderer(config.cameras)
+        per_waypoint = config.horizon_s / config.waypoints / STEP_S
+        self._future = np.rint(per_waypoint * np.arange(1, config.waypoints + 1)).astype(int) - 1
+
+    def row(
+        self,
+        snapshot: Snapshot,
+        scene_id: str,
+        rng: np.random.Generator,
+        pair_id: str = '',
+    ) -> TrainingRow:
+        """The row of a snapshot.
+
+        Args:
+            snapshot: the moment.
+            scene_id: name of the row.
+            rng: draws how old the last reasoning in the prompt is.
+            pair_id: joins the rows of the same moment with and without its hazard.
+        """
+        images, classes = self.renderer.draw_both(
+            snapshot.world.ground(),
+            snapshot.world.boxes(),
+            snapshot.world.tint,
+            snapshot.ego.pose,
+        )
+        shown = presence(classes)
+        plan = snapshot.plan
+        slow = needs_thought(plan.components, plan.decision)
+        seen = observe(self.config, snapshot, images)
+        age_s = float(rng.uniform(*TEXT_AGE_S))
+        if slow:
+            stamp_ns = seen.stamp_ns - round(age_s * 1e9)
+            text = earlier_reasoning(plan, age_s)
+            seen = replace(seen, reasoning=text, reasoning_stamp_ns=stamp_ns)
+        sample = Sample(
+            observation=seen,
+            future=plan.poses[self._future],
+            scene_id=scene_id,
+            family=snapshot.world.around.family,
+            pair_id=pair_id,
+            reasoning=write_reasoning(plan.components, plan.decision) if slow else '',
+            thinking='slow' if slow else 'fast',
+        )
+        return TrainingRow(sample, shown, visible_facts(facts(snapshot.world), shown))
+
+
+def observe(config: ModelConfig, snapshot: Snapshot, images: np.ndarray) -> Observation:
+    """The observation of a snapshot, built by the very class that builds it on board."""
+    builder = ObservationBuilder(config)
+    ego = replace(snapshot.ego, stamp_ns=START_NS)
+    for past in _past(config, snapshot, ego):
+        builder.add_ego(past)
+    builder.add_ego(ego)
+    builder.set_route(snapshot.world.route())
+    for camera, image in zip(config.cameras, images, strict=True):
+        builder.add_frame(CameraFrame(camera.name, START_NS, image))
+    seen = builder.build(START_NS)
+    if seen is None or not seen.history_valid.all():
+        raise ValueError(f'snapshot gives no whole observation: {builder.refusal or seen}')
+    return seen
+
+
+def _past(config: ModelConfig, snapshot: Snapshot, ego: EgoState) -> list[EgoState]:
+    """The history as odometry, with a pose half-way between each two: half a second is a gap."""
+    times_s = np.append(config.history_times_s, 0.0)
+    poses = np.concatenate([snapshot.history, np.zeros((1, 3))])
+    dense_s = np.linspace(times_s[0], 0.0, 2 * len(times_s) - 1)
+    world = world_from_local(ego.pose, interpolate_poses(times_s, poses, dense_s))
+    speeds = np.linalg.norm(np.diff(world[:, :2], axis=0), axis=1) / np.diff(dense_s)
+    return [
+        EgoState(ego.stamp_ns + round(time_s * 1e9), *pose, speed)
+        for time_s, pose, speed in zip(
+            dense_s[:-1].tolist(), world[:-1].tolist(), speeds.tolist(), strict=True
+        )
+    ]
+
+
+def earlier_reasoning(plan: ReferencePlan, age_s: float) -> str:
+    """The reasoning as it stood `age_s` ago, when all was farther ahead by the way driven.
+
+    On board the prompt holds the last finished text, up to two seconds old.
+    """
+    driven_m = plan.speed_mps * age_s
+    before = [replace(c, distance_m=c.distance_m + driven_m) for c in _nearest(plan.components)]
+    return write_reasoning(before, plan.decision)
+
+
+def _nearest(components: Sequence[Component]) -> list[Component]:
+    ordered = sorted(components, key=lambda component: component.distance_m)
+    return [c for c in ordered if math.isfinite(c.distance_m)][:MAX_COMPONENTS]

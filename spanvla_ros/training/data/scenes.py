@@ -1,0 +1,315 @@
+"""`spanvla scenes`: draws labelled moments of the town into parquet shards.
+
+A shard is a function of (seed, its number, the settings) alone, so shards are drawn in parallel
+and a broken-off run goes on where it stopped. Seeds from 1,000,000 on are held out; a training set
+never reaches them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from spanvla_ros.model.config import ModelConfig, load_config
+from spanvla_ros.town.scenarios import (
+    FAMILIES,
+    HELD_OUT_SEED,
+    MIX,
+    Ranges,
+    load_ranges,
+    ranges_sha256,
+)
+from spanvla_ros.town.snapshots import PAIR_KINDS, hazard_pairs, mirrored, sample_snapshots
+from spanvla_ros.training.data.rows import RowMaker
+from spanvla_ros.training.data.shards import FACTS, TrainingRow, write_shard
+from spanvla_ros.types import SpanvlaError
+
+# Hazards are rarer than free road; a model that meets them too seldom learns to ignore them.
+SHARES = {
+    'lane_keeping': 0.12,
+    'lead_vehicle': 0.25,
+    'pedestrian': 0.31,
+    'red_light': 0.20,
+    'turns': 0.12,
+    MIX: 0.2,
+}
+MIRRORED_SHARE = {'lane_keeping': 0.25}
+MIRRORED_ELSEWHERE = 0.08
+ROWS_PER_SHARD = 400
+MOMENTS_PER_DRIVE = 8
+SEEDS_PER_SHARD = 1_000
+PAIR_SEED_OFFSET = 500_000
+PAIRS_PER_SHARD = 50
+MANIFEST = 'manifest.json'
+REQUEST = 'request.json'
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SceneRequest:
+    """All that decides what is drawn."""
+
+    count: int
+    seed: int
+    pairs: int
+    families: tuple[str, ...]
+    ranges: Ranges
+    config: ModelConfig
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the scenes are for evaluation only."""
+        return self.seed >= HELD_OUT_SEED
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard: `kind` is empty for moments, else that of hazard pairs."""
+
+    request: SceneRequest
+    path: Path
+    number: int
+    rows: int
+    kind: str = ''
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `spanvla scenes`."""
+    parser.add_argument('--count', type=int, required=True, help='rows to draw')
+    parser.add_argument(
+        '--seed', type=int, required=True, help=f'first seed; from {HELD_OUT_SEED} on held out'
+    )
+    parser.add_argument('--out', type=Path, required=True, help='directory of the shards')
+    parser.add_argument(
+        '--pairs',
+        type=int,
+        default=0,
+        help='also this many pairs with and without each hazard (lead, light, pedestrian)',
+    )
+    parser.add_argument(
+        '--families', nargs='+', default=list(FAMILIES), choices=(*FAMILIES, MIX), metavar='NAME'
+    )
+    parser.add_argument('--ranges', type=Path, help='YAML of scenario ranges')
+    parser.add_argument('--model', type=Path, help='model directory whose cameras are used')
+    parser.add_argument('--workers', type=int, default=min(2, os.cpu_count() or 1))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw what is missing, then write the manifest."""
+    request = SceneRequest(
+        count=options.count,
+        seed=options.seed,
+        pairs=options.pairs,
+        families=tuple(sorted(set(options.families), key=(*FAMILIES, MIX).index)),
+        ranges=load_ranges(options.ranges),
+        config=ModelConfig() if options.model is None else load_config(options.model),
+    )
+    draw_scenes(request, options.out, workers=options.workers)
+    return 0
+
+
+def draw_scenes(request: SceneRequest, out: Path, workers: int = 1) -> None:
+    """Draw all shards of a request that `out` lacks, and the manifest.
+
+    Raises:
+        SpanvlaError: the request cannot be met, or `out` holds the scenes of another one.
+    """
+    _check(request)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(request, out)
+    jobs = plan_shards(request, out)
+    waiting = [job for job in jobs if not job.path.exists()]
+    total = sum(job.rows for job in jobs)
+    done = total - sum(job.rows for job in waiting)
+    with tqdm(total=total, initial=done, unit='row', desc='scenes') as bar:
+        for rows in _drawn(waiting, workers):
+            bar.update(rows)
+    _write_json(out / MANIFEST, _manifest(request, jobs))
+
+
+def plan_shards(request: SceneRequest, out: Path) -> list[ShardJob]:
+    """The shards of a request, moments first, then pairs."""
+    jobs = [
+        ShardJob(
+            request,
+            out / f'scenes-{number:05d}.parquet',
+            number,
+            min(ROWS_PER_SHARD, request.count - number * ROWS_PER_SHARD),
+        )
+        for number in range(-(-request.count // ROWS_PER_SHARD))
+    ]
+    for kind in PAIR_KINDS:
+        for number in range(-(-request.pairs // PAIRS_PER_SHARD)):
+            pairs = min(PAIRS_PER_SHARD, request.pairs - number * PAIRS_PER_SHARD)
+            path = out / f'scenes-pairs-{kind}-{number:03d}.parquet'
+            jobs.append(ShardJob(request, path, number, 2 * pairs, kind))
+    return jobs
+
+
+def draw_shard(job: ShardJob) -> int:
+    """Draw and write one shard; returns its number of rows."""
+    rows = list(_pair_rows(job) if job.kind else _moment_rows(job))
+    write_shard(job.path, rows)
+    return len(rows)
+
+
+def _moment_rows(job: ShardJob) -> Iterator[TrainingRow]:
+    request = job.request
+    maker = RowMaker(request.config)
+    rng = np.random.default_rng([request.seed, job.number, 3])
+    families = request.families
+    shares = np.array([SHARES[name] for name in families])
+    drawn = 0
+    first = request.seed + job.number * SEEDS_PER_SHARD
+    for seed in range(first, first + SEEDS_PER_SHARD):
+        family = families[int(rng.choice(len(families), p=shares / shares.sum()))]
+        moments = MOMENTS_PER_DRIVE * (6 if family == MIX else 1)
+        share = 0.0 if request.held_out else MIRRORED_SHARE.get(family, MIRRORED_ELSEWHERE)
+        flip = rng.random() < share
+        for index, snapshot in enumerate(sample_snapshots(family, seed, moments, request.ranges)):
+            name = f'{family}/{seed}/{index}' + ('/mirrored' if flip else '')
+            yield maker.row(mirrored(snapshot) if flip else snapshot, name, rng)
+            drawn += 1
+            if drawn == job.rows:
+                return
+    raise SpanvlaError(f'{job.path}: {SEEDS_PER_SHARD} drives gave {drawn} of {job.rows} rows')
+
+
+def _pair_rows(job: ShardJob) -> Iterator[TrainingRow]:
+    request = job.request
+    maker = RowMaker(request.config)
+    rng = np.random.default_rng([request.seed, job.number, 5])
+    block = job.number * len(PAIR_KINDS) + PAIR_KINDS.index(job.kind)
+    seed = request.seed + PAIR_SEED_OFFSET + block * SEEDS_PER_SHARD
+    pairs = hazard_pairs(job.kind, job.rows // 2, seed, request.ranges)
+    for index, pair in enumerate(pairs):
+        pair_id = f'{job.kind}/{seed}/{index}'
+        for snapshot, ending in ((pair.present, 'present'), (pair.absent, 'absent')):
+            row = maker.row(snapshot, f'{pair_id}/{ending}', rng, pair_id)
+            # A text in the prompt would tell the hazard that only the pictures may tell.
+            seen = replace(row.sample.observation, reasoning='', reasoning_stamp_ns=None)
+            yield replace(row, sample=replace(row.sample, observation=seen))
+
+
+def _drawn(jobs: Sequence[ShardJob], workers: int) -> Iterator[int]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from map(draw_shard, jobs)
+        return
+    # A fresh interpreter each: a fork would copy whatever threads the caller runs.
+    context = multiprocessing.get_context('spawn')
+    with context.Pool(min(workers, len(jobs))) as pool:
+        yield from pool.imap_unordered(draw_shard, jobs)
+
+
+def _check(request: SceneRequest) -> None:
+    if request.count < 1 or request.pairs < 0:
+        raise SpanvlaError(
+            f'scenes: --count {request.count} --pairs {request.pairs} leaves nothing to draw; '
+            'ask for at least one row'
+        )
+    if request.seed < 0:
+        raise SpanvlaError(f'scenes: --seed {request.seed} is negative; use 0 or above')
+    shards = -(-request.count // ROWS_PER_SHARD)
+    pair_blocks = len(PAIR_KINDS) * -(-request.pairs // PAIRS_PER_SHARD)
+    last = request.seed + max(
+        shards * SEEDS_PER_SHARD,
+        (PAIR_SEED_OFFSET + pair_blocks * SEEDS_PER_SHARD) if request.pairs else 0,
+    )
+    if not request.held_out and last > HELD_OUT_SEED:
+        raise SpanvlaError(
+            f'scenes: --seed {request.seed} with --count {request.count} would reach the held-out '
+            f'seeds from {HELD_OUT_SEED} on; start at 0 or draw fewer'
+        )
+    if shards * SEEDS_PER_SHARD > PAIR_SEED_OFFSET and request.pairs:
+        raise SpanvlaError(
+            f'scenes: --count {request.count} would share seeds with the pairs; draw at most '
+            f'{PAIR_SEED_OFFSET // SEEDS_PER_SHARD * ROWS_PER_SHARD} rows'
+        )
+    if request.config.frames_per_camera != 1:
+        raise SpanvlaError(
+            f'scenes: a moment has one picture a camera, the model wants '
+            f'{request.config.frames_per_camera}; use a model with frames_per_camera 1'
+        )
+
+
+def _describe(request: SceneRequest) -> dict[str, Any]:
+    config = request.config
+    return {
+        'schema_version': _SCHEMA_VERSION,
+        'count': request.count,
+        'seed': request.seed,
+        'pairs_per_kind': request.pairs,
+        'held_out': request.held_out,
+        'families': list(request.families),
+        'ranges_sha256': ranges_sha256(request.ranges),
+        'ranges': asdict(request.ranges),
+        'cameras': [asdict(camera) for camera in config.cameras],
+        'history_s': config.history_s,
+        'horizon_s': config.horizon_s,
+        'waypoints': config.waypoints,
+        'route_points': config.route_points,
+        'route_step_m': config.route_step_m,
+    }
+
+
+def _claim(request: SceneRequest, out: Path) -> None:
+    """Write down what is being drawn here; another request's directory is refused."""
+    wanted = json.loads(json.dumps(_describe(request)))
+    path = out / REQUEST
+    if path.exists():
+        found = json.loads(path.read_text(encoding='utf-8'))
+        odd = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if odd:
+            raise SpanvlaError(
+                f'{out}: holds scenes of another request (differs in {", ".join(odd)}); '
+                'give an empty directory'
+            )
+    elif any(out.glob('scenes-*.parquet')):
+        raise SpanvlaError(f'{out}: holds shards of unknown origin; give an empty directory')
+    else:
+        _write_json(path, wanted)
+
+
+def _manifest(request: SceneRequest, jobs: Sequence[ShardJob]) -> dict[str, Any]:
+    families: Counter[str] = Counter()
+    thinking: Counter[str] = Counter()
+    paired = 0
+    facts = []
+    shards = []
+    for job in jobs:
+        table = pq.read_table(job.path, columns=['family', 'thinking', 'pair_id', 'facts'])
+        families.update(table.column('family').to_pylist())
+        thinking.update(table.column('thinking').to_pylist())
+        paired += sum(bool(name) for name in table.column('pair_id').to_pylist())
+        facts.append(table.column('facts').combine_chunks().flatten().to_numpy())
+        digest = hashlib.sha256(job.path.read_bytes()).hexdigest()
+        shards.append({'file': job.path.name, 'rows': table.num_rows, 'sha256': digest})
+    values = np.concatenate(facts).reshape(-1, len(FACTS))
+    shown = ('lead', 'lead_braking', 'red', 'green', 'pedestrian_on_road')
+    return {
+        **_describe(request),
+        'rows': len(values),
+        'rows_in_pairs': paired,
+        'family_rows': dict(sorted(families.items())),
+        'thinking_rows': dict(sorted(thinking.items())),
+        'share': {name: round(float(values[:, FACTS.index(name)].mean()), 4) for name in shown},
+        'shards': shards,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    os.replace(temporary, path)

@@ -1,0 +1,149 @@
+"""The `scenes` command: what it draws is right, reproducible, resumable and kept apart."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.reasoning import parse_decision
+from spanvla_ros.town.driver import reference_plan
+from spanvla_ros.town.scenarios import Ranges, ranges_sha256
+from spanvla_ros.town.snapshots import sample_snapshots
+from spanvla_ros.training.data import scenes
+from spanvla_ros.training.data.rows import RowMaker, earlier_reasoning
+from spanvla_ros.training.data.scenes import SceneRequest, draw_scenes
+from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.types import SpanvlaError
+
+REQUEST = SceneRequest(
+    count=10,
+    seed=0,
+    pairs=0,
+    families=('pedestrian', 'turns'),
+    ranges=Ranges(),
+    config=ModelConfig(),
+)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(scenes, 'ROWS_PER_SHARD', 5)
+
+
+def digests(path):
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.glob('*.parquet'))
+    }
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    out = tmp_path_factory.mktemp('scenes')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, 'ROWS_PER_SHARD', 5)
+        draw_scenes(REQUEST, out)
+    return out
+
+
+def test_the_manifest_counts_what_lies_there(drawn):
+    manifest = json.loads((drawn / 'manifest.json').read_text())
+    shards = ShardSet(drawn)
+    assert manifest['rows'] == len(shards) == 10
+    assert manifest['ranges_sha256'] == ranges_sha256()
+    assert {s['file']: s['sha256'] for s in manifest['shards']} == digests(drawn)
+    assert sum(manifest['family_rows'].values()) == 10
+    assert set(manifest['family_rows']) <= {'pedestrian', 'turns'}
+    assert not list(drawn.glob('.*'))
+
+
+def test_the_same_request_draws_the_same_bytes(drawn, tmp_path):
+    draw_scenes(REQUEST, tmp_path)
+    assert digests(tmp_path) == digests(drawn)
+
+
+def test_a_broken_off_run_draws_only_what_is_missing(drawn, tmp_path, monkeypatch):
+    draw_scenes(REQUEST, tmp_path)
+    (tmp_path / 'manifest.json').unlink()
+    (tmp_path / 'scenes-00001.parquet').unlink()
+    drawn_again = []
+    real = scenes.draw_shard
+    monkeypatch.setattr(scenes, 'draw_shard', lambda job: drawn_again.append(job) or real(job))
+    draw_scenes(REQUEST, tmp_path)
+    assert [job.path.name for job in drawn_again] == ['scenes-00001.parquet']
+    assert digests(tmp_path) == digests(drawn)
+    assert (tmp_path / 'manifest.json').exists()
+
+
+def test_another_request_does_not_mix_into_the_directory(drawn):
+    with pytest.raises(SpanvlaError, match='another request'):
+        draw_scenes(replace(REQUEST, seed=7), drawn)
+
+
+def test_training_seeds_stop_before_the_held_out_ones(tmp_path):
+    with pytest.raises(SpanvlaError, match='held-out'):
+        draw_scenes(replace(REQUEST, seed=999_900), tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+    with pytest.raises(SpanvlaError, match='at least one row'):
+        draw_scenes(replace(REQUEST, count=0), tmp_path / 'out')
+
+
+def test_a_row_holds_the_reference_plan_of_its_moment(drawn):
+    for row in ShardSet(drawn).rows(range(10)):
+        family, seed, index, *flipped = row.sample.scene_id.split('/')
+        if flipped:
+            continue
+        snapshot = sample_snapshots(family, int(seed), scenes.MOMENTS_PER_DRIVE)[int(index)]
+        plan = reference_plan(snapshot.world)
+        np.testing.assert_allclose(row.sample.future, plan.poses[4::5], atol=1e-9)
+        seen = row.sample.observation
+        assert seen.ego.speed_mps == snapshot.ego.speed_mps
+        np.testing.assert_allclose(seen.history, snapshot.history, atol=1e-6)
+        assert seen.history_valid.all()
+        if row.sample.thinking == 'slow':
+            assert parse_decision(row.sample.reasoning) == plan.decision
+        else:
+            assert row.sample.reasoning == ''
+
+
+def test_pairs_differ_in_the_hazard_and_in_nothing_else(tmp_path):
+    draw_scenes(replace(REQUEST, count=1, seed=1_000_000, pairs=2), tmp_path)
+    shards = ShardSet(tmp_path)
+    for name in sorted(set(shards.pair_ids) - {''}):
+        first, second = shards.rows(np.flatnonzero(shards.pair_ids == name))
+        assert first.sample.scene_id.endswith('/present')
+        one, other = first.sample.observation, second.sample.observation
+        assert one.ego == other.ego
+        np.testing.assert_array_equal(one.history, other.history)
+        np.testing.assert_array_equal(one.route, other.route)
+        changed = [
+            (a[0].image.astype(int) - b[0].image != 0).any(axis=-1).mean()
+            for a, b in zip(one.frames, other.frames, strict=True)
+        ]
+        assert 0.0 < sum(changed) < 1.0
+        assert one.reasoning == other.reasoning == ''
+        speed = [np.linalg.norm(r.sample.future[6, :2] - r.sample.future[5, :2]) for r in
+                 (first, second)]  # fmt: skip
+        assert speed[0] < speed[1]
+
+
+def test_an_older_text_tells_of_larger_distances():
+    maker = RowMaker(ModelConfig())
+    found = 0
+    for snapshot in sample_snapshots('red_light', 3, 8):
+        plan = snapshot.plan
+        lights = [c.distance_m for c in plan.components if c.kind.endswith('light')]
+        if not lights or plan.speed_mps < 5 or min(lights) > 40:
+            continue
+        found += 1
+        row = maker.row(snapshot, 'x', np.random.default_rng(0))
+        seen = row.sample.observation
+        if row.sample.thinking == 'slow':
+            assert 0.2e9 <= seen.stamp_ns - seen.reasoning_stamp_ns <= 2.0e9
+        text = earlier_reasoning(plan, 2.0)
+        metres = [int(text.split(' light ')[1].split(' ')[0])]
+        assert metres[0] == pytest.approx(min(lights) + 2.0 * plan.speed_mps, abs=2.6)
+    assert found
