@@ -13,7 +13,8 @@ Points = Float64[np.ndarray, '*n 2']
 
 def wrap_angle(angle_rad: ArrayLike) -> Float64[np.ndarray, '...']:
     """The same angle in [-pi, pi)."""
-    return (np.asarray(angle_rad, dtype=np.float64) + np.pi) % (2.0 * np.pi) - np.pi
+    turned = np.asarray(angle_rad, dtype=np.float64) + np.pi
+    return np.asarray(turned % (2.0 * np.pi) - np.pi)
 
 
 def world_from_local(origin: ArrayLike, local: ArrayLike) -> Float64[np.ndarray, '... c']:
