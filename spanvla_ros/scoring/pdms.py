@@ -220,6 +220,13 @@ class Scorer:
         local[..., :2] -= self.prepared.origin
         return self._evaluate(local, self.prepared.history)
 
+    def areas(self, states: States) -> metrics.EgoAreas:
+        """Where the vehicle stands at each step of simulated world states."""
+        local = states.copy()
+        local[..., :2] -= self.prepared.origin
+        ego = metrics.footprints(local, self._vehicle)
+        return metrics.ego_areas(ego, self.prepared.ground, self._on_route)
+
     def _evaluate(
         self, local: States, history: Float64[np.ndarray, '14 11'] | None
     ) -> _Batch:
