@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from transforms3d.euler import quat2euler
 
-from spanvla_ros.types import CameraFrame, SpanvlaError
+from spanvla_ros.types import CameraFrame, EgoState, Route, SpanvlaError
 
 Picture = UInt8[np.ndarray, 'h w 3']
+Fitted = UInt8[np.ndarray, 'rows columns 3']
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1, '8UC3': 3}
 YUV = ('yuv422', 'uyvy', 'yuv422_yuy2', 'yuyv')
 BAYER = ('bayer_rggb8', 'bayer_bggr8', 'bayer_gbrg8', 'bayer_grbg8')
@@ -195,7 +197,7 @@ def read_compressed_image(msg: Any, camera: str, info: Intrinsics | None = None)
 
 def fit_picture(
     picture: Picture, info: Intrinsics | None, width_px: int, height_px: int, fov_deg: float
-) -> Picture:
+) -> Fitted:
     """The picture as the model's camera would see it: same axis, own size and field of view.
 
     With intrinsics the part seen under the model's horizontal field of view is cut out around
@@ -234,7 +236,7 @@ def fit_picture(
 
 def _cut_and_resize(
     picture: Picture, box: tuple[int, int, int, int], width_px: int, height_px: int
-) -> Picture:
+) -> Fitted:
     import cv2
 
     rows, columns = picture.shape[:2]
@@ -250,4 +252,44 @@ def _cut_and_resize(
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.ascontiguousarray(
         cv2.resize(inside, (width_px, height_px), interpolation=interpolation)
+    )
+
+
+def read_odometry(msg: Any) -> EgoState:
+    """A `nav_msgs/Odometry` as an ego state; its twist is in the body frame, as REP-105 says.
+
+    Raises:
+        MessageError: a number that is not finite, or an orientation that is not a rotation.
+    """
+    pose, twist = msg.pose.pose, msg.twist.twist
+    q = pose.orientation
+    numbers = {
+        'position': (pose.position.x, pose.position.y),
+        'orientation': (q.w, q.x, q.y, q.z),
+        'twist': (twist.linear.x, twist.angular.z),
+    }
+    for name, values in numbers.items():
+        if not all(math.isfinite(value) for value in values):
+            raise MessageError(f'odometry: {name} holds a number that is not finite')
+    norm = math.sqrt(q.w**2 + q.x**2 + q.y**2 + q.z**2)
+    if abs(norm - 1.0) > 0.05:
+        raise MessageError(f'odometry: the orientation has length {norm:.3f}, a rotation has 1')
+    yaw_rad, _, _ = quat2euler((q.w, q.x, q.y, q.z), axes='rzyx')
+    return EgoState(
+        stamp_ns=stamp_ns_of(msg.header),
+        x_m=float(pose.position.x),
+        y_m=float(pose.position.y),
+        yaw_rad=float(yaw_rad),
+        speed_mps=float(twist.linear.x),
+        yaw_rate_radps=float(twist.angular.z),
+    )
+
+
+def read_route(msg: Any) -> Route:
+    """A `nav_msgs/Path` as a route; whether it can be driven is judged by who uses it."""
+    points = [(float(p.pose.position.x), float(p.pose.position.y)) for p in msg.poses]
+    return Route(
+        stamp_ns=stamp_ns_of(msg.header),
+        frame_id=str(msg.header.frame_id),
+        points=np.array(points, dtype=np.float64).reshape(-1, 2),
     )

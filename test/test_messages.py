@@ -1,0 +1,287 @@
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spanvla_ros.messages import (
+    Intrinsics,
+    MessageError,
+    fit_picture,
+    read_camera_info,
+    read_compressed_image,
+    read_image,
+    read_odometry,
+    read_route,
+)
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+
+
+def header(stamp_ns: int = 1_500_000_001) -> SimpleNamespace:
+    seconds, nanoseconds = divmod(stamp_ns, 1_000_000_000)
+    return SimpleNamespace(
+        stamp=SimpleNamespace(sec=seconds, nanosec=nanoseconds), frame_id='front'
+    )
+
+
+def image(rows: np.ndarray, encoding: str, width_px: int, padding: int = 0) -> SimpleNamespace:
+    rows = np.pad(rows.reshape(rows.shape[0], -1), ((0, 0), (0, padding)), constant_values=77)
+    return SimpleNamespace(
+        header=header(),
+        height=rows.shape[0],
+        width=width_px,
+        encoding=encoding,
+        step=rows.shape[1],
+        data=rows.tobytes(),
+    )
+
+
+def info(width_px: int, height_px: int, focal_px: float, **other: float) -> Intrinsics:
+    center_x = other.get('center_x', (width_px - 1) / 2)
+    center_y = other.get('center_y', (height_px - 1) / 2)
+    return Intrinsics(width_px, height_px, focal_px, focal_px, center_x, center_y)
+
+
+@pytest.mark.parametrize('padding', [0, 5])
+@pytest.mark.parametrize(
+    ('encoding', 'pixels'),
+    [
+        ('rgb8', PICTURE),
+        ('bgr8', PICTURE[:, :, ::-1]),
+        ('rgba8', np.dstack([PICTURE, np.full((6, 8), 9, np.uint8)])),
+        ('bgra8', np.dstack([PICTURE[:, :, ::-1], np.full((6, 8), 9, np.uint8)])),
+    ],
+)
+def test_colour_encodings_become_the_same_rgb(encoding, pixels, padding):
+    frame = read_image(image(pixels, encoding, 8, padding), 'front')
+    np.testing.assert_array_equal(frame.image, PICTURE)
+    assert (frame.camera, frame.stamp_ns) == ('front', 1_500_000_001)
+
+
+def test_grey_becomes_three_equal_channels():
+    frame = read_image(image(PICTURE[:, :, 0], 'mono8', 8, 3), 'front')
+    assert (frame.image == PICTURE[:, :, :1]).all()
+
+
+@pytest.mark.parametrize(('encoding', 'order'), [('yuv422', 'uyvy'), ('yuv422_yuy2', 'yuyv')])
+def test_yuv_of_a_plain_colour(encoding, order):
+    # BT.601, studio range: what these bytes mean, written out.
+    r, g, b = 200.0, 60.0, 30.0
+    y = 16 + (65.738 * r + 129.057 * g + 25.064 * b) / 256
+    u = 128 + (-37.945 * r - 74.494 * g + 112.439 * b) / 256
+    v = 128 + (112.439 * r - 94.154 * g - 18.285 * b) / 256
+    values = {'y': round(y), 'u': round(u), 'v': round(v)}
+    row = [values[letter] for letter in order] * 4
+    frame = read_image(image(np.array([row] * 6, np.uint8), encoding, 8), 'front')
+    assert frame.image.shape == (6, 8, 3)
+    assert np.abs(frame.image.astype(int) - [200, 60, 30]).max() <= 4
+
+
+@pytest.mark.parametrize('pattern', ['rggb', 'bggr', 'gbrg', 'grbg'])
+def test_bayer_pattern_names_its_first_two_rows(pattern):
+    color = {'r': 210, 'g': 120, 'b': 40}
+    cell = np.array(
+        [[color[pattern[0]], color[pattern[1]]], [color[pattern[2]], color[pattern[3]]]]
+    )
+    mosaic = np.tile(cell, (4, 4)).astype(np.uint8)
+    frame = read_image(image(mosaic, f'bayer_{pattern}8', 8), 'front')
+    assert np.abs(frame.image[2:-2, 2:-2].astype(int) - [210, 120, 40]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        ({'encoding': '32FC7'}, 'unknown encoding'),
+        ({'step': 20}, 'step is 20'),
+        ({'height': 7}, 'the message holds 144'),
+        ({'data': b''}, 'the message holds 0'),
+        ({'width': 0}, 'not a picture size'),
+        ({'height': 1_000_000}, 'not a picture size'),
+    ],
+)
+def test_contradictions_are_refused_with_a_reason(change, reason):
+    message = image(PICTURE, 'rgb8', 8)
+    for name, value in change.items():
+        setattr(message, name, value)
+    with pytest.raises(MessageError, match=reason):
+        read_image(message, 'front')
+
+
+def test_size_against_camera_info_is_refused():
+    with pytest.raises(MessageError, match='8x6 against 9x6 in camera_info'):
+        read_image(image(PICTURE, 'rgb8', 8), 'front', info(9, 6, 10.0))
+
+
+@given(st.binary(max_size=200), st.sampled_from(['rgb8', 'mono8', 'yuv422', 'bayer_rggb8', 'x']))
+@settings(max_examples=60, deadline=None)
+def test_no_bytes_crash_the_reader(data, encoding):
+    message = image(PICTURE, encoding, 8)
+    message.data, message.height, message.width, message.step = data, 5, 7, 21
+    try:
+        assert read_image(message, 'front').image.shape == (5, 7, 3)
+    except MessageError:
+        pass
+    try:
+        read_compressed_image(SimpleNamespace(header=header(), format='', data=data), 'front')
+    except MessageError:
+        pass
+
+
+def compressed(kind: str, picture: np.ndarray) -> SimpleNamespace:
+    _, data = cv2.imencode(f'.{kind}', picture[:, :, ::-1])
+    return SimpleNamespace(header=header(), format=kind, data=data.tobytes())
+
+
+def test_png_is_exact_and_jpeg_close():
+    smooth = cv2.resize(PICTURE, (64, 48), interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_array_equal(
+        read_compressed_image(compressed('png', smooth), 'front').image, smooth
+    )
+    frame = read_compressed_image(compressed('jpg', smooth), 'front')
+    assert np.abs(frame.image.astype(int) - smooth).mean() < 12
+
+
+def test_grey_jpeg_becomes_rgb():
+    grey = np.tile(np.arange(64, dtype=np.uint8) * 3, (32, 1))
+    _, data = cv2.imencode('.jpg', grey)
+    frame = read_compressed_image(
+        SimpleNamespace(header=header(), format='jpeg', data=data.tobytes()), 'front'
+    )
+    assert frame.image.shape == (32, 64, 3)
+    assert np.abs(frame.image.astype(int) - grey[:, :, None]).max() <= 6
+
+
+@pytest.mark.parametrize('kind', ['jpg', 'png'])
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.97])
+def test_truncated_pictures_are_refused(kind, share):
+    message = compressed(kind, RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    message.data = message.data[: int(len(message.data) * share)]
+    with pytest.raises(MessageError, match='truncated|neither JPEG nor PNG'):
+        read_compressed_image(message, 'front')
+
+
+def camera_info(**change: object) -> SimpleNamespace:
+    content = {
+        'width': 1226,
+        'height': 370,
+        'k': [700.0, 0.0, 600.0, 0.0, 701.0, 180.0, 0.0, 0.0, 1.0],
+        'p': [707.0, 0.0, 601.8, 0.0, 0.0, 708.0, 183.1, 0.0, 0.0, 0.0, 1.0, 0.0],
+    }
+    return SimpleNamespace(**{**content, **change})
+
+
+def test_camera_info_takes_the_rectified_matrix_else_k():
+    assert read_camera_info(camera_info()) == Intrinsics(1226, 370, 707.0, 708.0, 601.8, 183.1)
+    raw = read_camera_info(camera_info(p=[0.0] * 12))
+    assert raw == Intrinsics(1226, 370, 700.0, 701.0, 600.0, 180.0)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'width': 0}, {'p': [0.0] * 12, 'k': [0.0] * 9}, {'p': [float('nan')] * 12, 'k': [0.0] * 9}],
+)
+def test_senseless_camera_info_is_refused(change):
+    with pytest.raises(MessageError, match='camera_info'):
+        read_camera_info(camera_info(**change))
+
+
+def test_a_picture_of_the_models_own_camera_is_untouched():
+    picture = RNG.integers(0, 256, (112, 224, 3), dtype=np.uint8)
+    focal_px = 112 / np.tan(np.radians(30))
+    assert fit_picture(picture, info(224, 112, focal_px), 224, 112, 60.0) is picture
+    assert fit_picture(picture, None, 224, 112, 60.0) is picture
+
+
+@pytest.mark.parametrize('focal_px', [300.0, 500.0, 707.0])
+@pytest.mark.parametrize('center_x', [380.0, 420.0])
+def test_directions_land_where_the_models_camera_sees_them(focal_px, center_x):
+    # A bright dot at a known direction in the source must appear at that direction's pixel.
+    height_px, width_px = 600, 800
+    source = info(width_px, height_px, focal_px, center_x=center_x, center_y=290.0)
+    target_focal = 112 / np.tan(np.radians(30))
+    for angle_deg in (-15.0, 0.0, 12.0):
+        picture = np.zeros((height_px, width_px, 3), np.uint8)
+        slope = np.tan(np.radians(angle_deg))
+        middle = (round(center_x + focal_px * slope), 290)
+        cv2.circle(picture, middle, 5, (255, 255, 255), -1)
+        seen = fit_picture(picture, source, 224, 112, 60.0)[:, :, 0].astype(float)
+        v, u = np.indices(seen.shape)
+        found = np.array([(seen * u).sum(), (seen * v).sum()]) / seen.sum()
+        np.testing.assert_allclose(found, [111.5 + target_focal * slope, 55.5], atol=1.2)
+
+
+def test_what_the_source_does_not_see_is_filled_from_its_edge():
+    picture = np.full((370, 1226, 3), 90, np.uint8)
+    fitted = fit_picture(picture, info(1226, 370, 707.0), 224, 112, 60.0)
+    assert fitted.shape == (112, 224, 3)
+    assert (fitted == 90).all()
+
+
+@given(st.integers(2, 300), st.integers(2, 300), st.floats(20.0, 2000.0))
+@settings(max_examples=40, deadline=None)
+def test_any_size_and_focal_length_fits(width_px, height_px, focal_px):
+    picture = np.full((height_px, width_px, 3), 33, np.uint8)
+    for source in (None, info(width_px, height_px, focal_px)):
+        fitted = fit_picture(picture, source, 224, 112, 60.0)
+        assert fitted.shape == (112, 224, 3)
+        assert (fitted == 33).all()
+
+
+def odometry(**change: float) -> SimpleNamespace:
+    values = {'x': 1.0, 'y': -2.0, 'qw': 1.0, 'qx': 0.0, 'qy': 0.0, 'qz': 0.0, 'v': 3.0, 'r': 0.1}
+    values.update(change)
+    place = SimpleNamespace(x=values['x'], y=values['y'], z=5.0)
+    turn = SimpleNamespace(**{axis: values[f'q{axis}'] for axis in 'wxyz'})
+    twist = SimpleNamespace(
+        linear=SimpleNamespace(x=values['v'], y=0.0, z=0.0),
+        angular=SimpleNamespace(x=0.0, y=0.0, z=values['r']),
+    )
+    return SimpleNamespace(
+        header=header(),
+        pose=SimpleNamespace(pose=SimpleNamespace(position=place, orientation=turn)),
+        twist=SimpleNamespace(twist=twist),
+    )
+
+
+@given(st.floats(-3.1, 3.1), st.floats(-0.4, 0.4), st.floats(-0.4, 0.4))
+def test_yaw_is_that_of_the_rotation_whatever_roll_and_pitch(yaw, pitch, roll):
+    from scipy.spatial.transform import Rotation
+
+    x, y, z, w = Rotation.from_euler('ZYX', [yaw, pitch, roll]).as_quat()
+    ego = read_odometry(odometry(qw=w, qx=x, qy=y, qz=z))
+    assert ego.yaw_rad == pytest.approx(yaw, abs=1e-9)
+    assert (ego.x_m, ego.y_m, ego.speed_mps, ego.yaw_rate_radps) == (1.0, -2.0, 3.0, 0.1)
+    assert ego.stamp_ns == 1_500_000_001
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        ({'x': float('nan')}, 'position'),
+        ({'qz': float('inf')}, 'orientation'),
+        ({'v': float('nan')}, 'twist'),
+        ({'qw': 0.0}, 'length 0.000'),
+        ({'qw': 2.0}, 'length 2.000'),
+    ],
+)
+def test_odometry_that_is_none_is_refused(change, reason):
+    with pytest.raises(MessageError, match=reason):
+        read_odometry(odometry(**change))
+
+
+@pytest.mark.parametrize('count', [0, 1, 4])
+def test_route_points_in_order(count):
+    poses = [
+        SimpleNamespace(
+            pose=SimpleNamespace(position=SimpleNamespace(x=float(i), y=-float(i), z=9.0))
+        )
+        for i in range(count)
+    ]
+    route = read_route(SimpleNamespace(header=header(), poses=poses))
+    assert route.points.shape == (count, 2)
+    assert route.points.tolist() == [[i, -i] for i in range(count)]
+    assert route.frame_id == 'front'
