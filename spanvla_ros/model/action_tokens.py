@@ -89,7 +89,7 @@ def _disks(
     seed: int,
 ) -> Float64[np.ndarray, 'k 3'] | None:
     rng = np.random.default_rng(seed)
-    motions = []
+    motions: list[Float64[np.ndarray, '3']] = []
     left = np.arange(len(segments))
     while len(left):
         if len(motions) == size:

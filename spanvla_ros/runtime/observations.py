@@ -19,7 +19,6 @@ from spanvla_ros.geometry import (
     local_from_world,
     project_on_polyline,
     sample_polyline,
-    wrap_angle,
 )
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.flow import arc
@@ -277,7 +276,8 @@ class ObservationBuilder:
         left_m = float(along[-1]) - start_m
         ahead = sample_polyline(points, np.array([start_m, start_m + 2.0]))
         heading = math.atan2(ahead[1, 1] - ahead[0, 1], ahead[1, 0] - ahead[0, 0])
-        against = abs(float(wrap_angle(heading - ego.yaw_rad))) > ROUTE_AGAINST_RAD
+        off_rad = math.remainder(heading - ego.yaw_rad, 2.0 * math.pi)
+        against = abs(off_rad) > ROUTE_AGAINST_RAD
         if left_m < ROUTE_END_M or against:
             degraded.append('route_behind')
             return None

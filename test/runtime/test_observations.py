@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spanvla_ros.geometry import local_from_world
+from spanvla_ros.geometry import local_from_world, sample_polyline
 from spanvla_ros.model.config import ModelConfig, with_settings
 from spanvla_ros.runtime.observations import ObservationBuilder, command_from_route, observation_of
 from spanvla_ros.types import CameraFrame, EgoState, Plan, Route, SpanvlaError, Trajectory
@@ -224,11 +224,8 @@ def test_a_useless_route_is_named_and_left_out(points, reason):
 def test_a_route_that_crosses_itself_is_followed_in_order():
     # A loop: east 100 m, back around, crossing the start again going north at x = 50.
     corners = [(0, 0), (100, 0), (100, 50), (50, 50), (50, -100)]
-    points = []
-    for (ax, ay), (bx, by) in zip(corners, corners[1:], strict=False):
-        for share in np.arange(0, 1, 0.1):
-            points.append((ax + share * (bx - ax), ay + share * (by - ay)))
-    route = Route(0, 'odom', np.array([*points, corners[-1]], dtype=float))
+    points = sample_polyline(np.array(corners, float), np.arange(0.0, 350.0, 10.0))
+    route = Route(0, 'odom', points)
     builder = ObservationBuilder(ModelConfig())
     for i in range(200):
         t = i / 20
