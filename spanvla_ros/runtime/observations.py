@@ -46,6 +46,7 @@ FRAME_KEEP_S = 0.3
 ROUTE_FAR_M = 30.0
 ROUTE_END_M = 2.0
 ROUTE_AGAINST_RAD = 2.3
+ROUTE_HEADING_M = 2.0
 ROUTE_BACK_WINDOW_M = 10.0
 ROUTE_AHEAD_WINDOW_M = 60.0
 COMMAND_TURN_RAD = 0.7
@@ -73,8 +74,10 @@ class ObservationBuilder:
             for k in range(config.frames_per_camera)
         )
         self._history_ns = tuple(round(t * NS) for t in config.history_times_s.tolist())
-        self._route_at_m = config.route_step_m * np.arange(1.0, config.route_points + 1.0)
+        route_at_m = config.route_step_m * np.arange(1.0, config.route_points + 1.0)
+        self._sample_at_m = np.concatenate([[0.0, ROUTE_HEADING_M], route_at_m])
         self._route: Route | None = None
+        self._along = np.zeros(1)
         self._command: str | None = None
         self.resets = 0
         self.refusal = ''
@@ -141,6 +144,8 @@ class ObservationBuilder:
         if route is None or known is None or not np.array_equal(route.points, known):
             self._progress_m = None
         self._route = route
+        long_enough = route is not None and len(route.points) > 1
+        self._along = arc_length(route.points) if route and long_enough else np.zeros(1)
         return ''
 
     def set_command(self, command: str | None) -> None:
@@ -242,7 +247,7 @@ class ObservationBuilder:
         local = arc(ego.speed_mps, curvature, self._config.history_times_s)
         valid = np.zeros(len(local), dtype=np.bool_)
         stamps = self._ego_stamps
-        reasons = set()
+        past_poses, rows, reasons = [], [], set()
         for row, offset_ns in enumerate(self._history_ns):
             at_ns = ego.stamp_ns + offset_ns
             after = bisect_left(stamps, at_ns)
@@ -256,8 +261,11 @@ class ObservationBuilder:
                     reasons.add('history_gap')
                     continue
                 past = _between(self._egos[after - 1], past, at_ns)
-            local[row] = local_from_world(ego.pose, past.pose)
-            valid[row] = True
+            past_poses.append((past.x_m, past.y_m, past.yaw_rad))
+            rows.append(row)
+        if rows:
+            local[rows] = local_from_world(ego.pose, past_poses)
+            valid[rows] = True
         degraded.extend(sorted(reasons))
         return local, valid
 
@@ -267,27 +275,25 @@ class ObservationBuilder:
         if self._route is None:
             degraded.append('route_missing')
             return None
-        points = self._route.points
-        along = arc_length(points) if len(points) > 1 else np.zeros(1)
+        points, along = self._route.points, self._along
         if along[-1] < 1e-3:
             degraded.append('route_empty')
             return None
         start_m, offset_m = self._project(points, along, ego)
         left_m = float(along[-1]) - start_m
-        ahead = sample_polyline(points, np.array([start_m, start_m + 2.0]))
-        heading = math.atan2(ahead[1, 1] - ahead[0, 1], ahead[1, 0] - ahead[0, 0])
-        off_rad = math.remainder(heading - ego.yaw_rad, 2.0 * math.pi)
-        against = abs(off_rad) > ROUTE_AGAINST_RAD
-        if left_m < ROUTE_END_M or against:
+        ahead = sample_polyline(points, start_m + self._sample_at_m)
+        (x0, y0), (x1, y1) = ahead[:2].tolist()
+        off_rad = math.remainder(math.atan2(y1 - y0, x1 - x0) - ego.yaw_rad, 2.0 * math.pi)
+        if left_m < ROUTE_END_M or abs(off_rad) > ROUTE_AGAINST_RAD:
             degraded.append('route_behind')
             return None
         if abs(offset_m) > ROUTE_FAR_M:
             degraded.append('route_far')
             return None
-        if left_m < self._route_at_m[-1]:
+        if left_m < self._sample_at_m[-1]:
             degraded.append('route_short')
         self._progress_m = start_m
-        return local_from_world(ego.pose, sample_polyline(points, start_m + self._route_at_m))
+        return local_from_world(ego.pose, ahead[2:])
 
     def _project(
         self, points: Float64[np.ndarray, 'n 2'], along: Float64[np.ndarray, 'n'], ego: EgoState
