@@ -156,6 +156,9 @@ class Reasoner:
             self._prefill()
         else:
             finished = self._next_token()
+            if finished is None and not keep and self._is_fast(self._answer[1:]):
+                # The rest of the fast template says nothing new.
+                finished = self._finished()
         self._operation_s = time.perf_counter() - began
         self.meter.spent_s += self._operation_s
         if finished is not None:
@@ -216,10 +219,13 @@ class Reasoner:
         assert self._cache is not None
         return int(self._cache.valid[0, self._backend.config.prompt_tokens :].sum())
 
+    def _is_fast(self, words: list[int]) -> bool:
+        return bool(words) and words[0] == int(self._fast_words[0])
+
     def _finished(self) -> Reasoning:
         assert self._prompt is not None
-        words = self._answer[1:-1]
-        fast = words[:1] == self._fast_words[:1].tolist() or not words
+        words = self._answer[1:]
+        fast = self._is_fast(words) or len(words) < ENDING_TOKENS
         text = '' if fast else self._layout.decode_answer(self._answer)
         return Reasoning(
             self._prompt.stamp_ns,

@@ -63,7 +63,10 @@ def test_fast_thinking_is_known_by_its_words_and_leaves_no_text(tmp_path):
     reasoner = reasoner_of(toy)
     reasoner.start(prompt_of(toy))
     said = reasoner.advance(float('inf'))
-    assert (said.text, said.thinking) == ('', 'fast')
+    assert (said.text, said.thinking, said.tokens) == ('', 'fast', 2)
+    whole, cache = reasoner_of(toy).run(prompt_of(toy))
+    assert (whole.text, whole.thinking) == ('', 'fast')
+    assert cache.valid[0, toy.config.prompt_tokens :].sum() == 8
     assert (reasoner.meter.fast, reasoner.meter.slow) == (1, 0)
     assert reasoner.meter.tokens_per_s > 0
 
