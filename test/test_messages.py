@@ -1,3 +1,4 @@
+import contextlib
 from types import SimpleNamespace
 
 import cv2
@@ -121,14 +122,10 @@ def test_size_against_camera_info_is_refused():
 def test_no_bytes_crash_the_reader(data, encoding):
     message = image(PICTURE, encoding, 8)
     message.data, message.height, message.width, message.step = data, 5, 7, 21
-    try:
+    with contextlib.suppress(MessageError):
         assert read_image(message, 'front').image.shape == (5, 7, 3)
-    except MessageError:
-        pass
-    try:
+    with contextlib.suppress(MessageError):
         read_compressed_image(SimpleNamespace(header=header(), format='', data=data), 'front')
-    except MessageError:
-        pass
 
 
 def compressed(kind: str, picture: np.ndarray) -> SimpleNamespace:
@@ -160,7 +157,7 @@ def test_grey_jpeg_becomes_rgb():
 def test_truncated_pictures_are_refused(kind, share):
     message = compressed(kind, RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8))
     message.data = message.data[: int(len(message.data) * share)]
-    with pytest.raises(MessageError, match='truncated|neither JPEG nor PNG'):
+    with pytest.raises(MessageError, match=r'truncated|neither JPEG nor PNG'):
         read_compressed_image(message, 'front')
 
 
