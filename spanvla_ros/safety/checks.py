@@ -141,11 +141,11 @@ def _check_times(plan: Plan, context: PlanContext) -> Rejection | None:
 
 
 def _check_age(plan: Plan, context: PlanContext) -> Rejection | None:
-    age_s = (context.now_ns - plan.trajectory.stamp_ns) * 1e-9
-    if age_s < -FUTURE_TOLERANCE_S:
-        return Rejection(Reason.FROM_FUTURE, f'image {-age_s:.3g} s ahead of the clock')
-    if age_s > context.max_age_s:
-        return Rejection(Reason.STALE_IMAGE, f'image {age_s:.3g} s old')
+    age_ns = context.now_ns - plan.trajectory.stamp_ns
+    if age_ns < -FUTURE_TOLERANCE_S * 1e9:
+        return Rejection(Reason.FROM_FUTURE, f'image {-age_ns * 1e-9:.3g} s ahead of the clock')
+    if age_ns > context.max_age_s * 1e9:
+        return Rejection(Reason.STALE_IMAGE, f'image {age_ns * 1e-9:.3g} s old')
     previous = context.previous
     if previous is not None and plan.trajectory.stamp_ns < previous.trajectory.stamp_ns:
         return Rejection(Reason.OUT_OF_ORDER, 'image older than that of the plan in use')

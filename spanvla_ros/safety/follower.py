@@ -18,6 +18,7 @@ from spanvla_ros.types import DriveCommand, EgoState, Trajectory, Vehicle
 FUTURE_TOLERANCE_S = 0.1
 STAND_MPS = 0.1
 STAND_M = 0.15
+LATER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class FollowerParameters:
     odometry_timeout_s: float = 0.3
     latency_s: float = 0.1
     preview_s: float = 0.25
-    lookahead_s: float = 0.6
-    min_lookahead_m: float = 2.5
+    lookahead_s: float = 0.7
+    min_lookahead_m: float = 3.5
     clock_gap_s: float = 2.0
 
 
@@ -93,10 +94,9 @@ class Follower:
             ('trajectory', trajectory.stamp_ns, bounds.trajectory_timeout_s),
             ('odometry', ego.stamp_ns, bounds.odometry_timeout_s),
         ):
-            age_s = (now_ns - stamp_ns) * 1e-9
-            if age_s > timeout_s:
+            if now_ns - stamp_ns > timeout_s * 1e9:
                 return f'{name}_timeout'
-            if age_s < -FUTURE_TOLERANCE_S:
+            if stamp_ns - now_ns > FUTURE_TOLERANCE_S * 1e9:
                 return f'{name}_from_future'
         state = (ego.x_m, ego.y_m, ego.yaw_rad, ego.speed_mps, ego.yaw_rate_radps)
         if not (np.isfinite(state).all() and np.isfinite(trajectory.poses).all()):
@@ -108,35 +108,42 @@ class Follower:
         along = arc_length(trajectory.poses)
         times_s = trajectory.times_s
         effect_s = (now_ns - trajectory.stamp_ns) * 1e-9 + bounds.latency_s
-        ahead_s = np.array([effect_s, effect_s + bounds.preview_s])
         speeds = np.gradient(along, times_s)
-        effect_mps, target_mps = np.interp(ahead_s, times_s, speeds).tolist()
-        if along[-1] < STAND_M and abs(ego.speed_mps) < 2.0 * STAND_MPS:
-            self._remember(0.0, now_ns, relax=True)
-            return DriveCommand(
-                speed_mps=0.0,
-                yaw_rate_radps=0.0,
-                accel_mps2=-vehicle.comfort_decel_mps2,
-                steering_rad=self._steering_rad,
-                braking=True,
-                reason='standing',
-            )
-        since_s = (now_ns - ego.stamp_ns) * 1e-9 + bounds.latency_s
+        effect_mps, target_mps, later_mps = np.interp(
+            effect_s + np.array([0.0, bounds.preview_s, LATER_S]), times_s, speeds
+        ).tolist()
         speed_mps = max(ego.speed_mps, 0.0)
-        reached_mps = max(speed_mps + (target_mps - effect_mps), 0.0)
-        steering = self._pursue(trajectory, along, ego, since_s)
-        self._remember(steering, now_ns)
+        if along[-1] < STAND_M and speed_mps < 2.0 * STAND_MPS:
+            self._command_ns = now_ns
+            return self._hold()
+        since_s = (now_ns - ego.stamp_ns) * 1e-9 + bounds.latency_s
+        self._turn(self._pursue(trajectory, along, ego, since_s), now_ns)
         # Half of what separates the vehicle from the trajectory, on top of its own change.
-        wanted_mps = max(reached_mps + 0.5 * (effect_mps - speed_mps), 0.0)
-        if target_mps < STAND_MPS and wanted_mps < 3.0 * STAND_MPS:
+        wanted_mps = speed_mps + (target_mps - effect_mps) + 0.5 * (effect_mps - speed_mps)
+        if max(target_mps, later_mps) < STAND_MPS and wanted_mps < 3.0 * STAND_MPS:
             wanted_mps = 0.0
-        accel = (wanted_mps - speed_mps) / bounds.preview_s
+        accel = (max(wanted_mps, 0.0) - speed_mps) / bounds.preview_s
         accel = min(max(accel, -vehicle.max_decel_mps2), vehicle.max_accel_mps2)
         wanted_mps = max(speed_mps + accel * bounds.preview_s, 0.0)
         curvature = math.tan(self._steering_rad) / vehicle.wheelbase_m
         yaw_rate = max(wanted_mps, speed_mps) * curvature
         return DriveCommand(
-            wanted_mps, yaw_rate, accel, self._steering_rad, wanted_mps == 0.0, 'following'
+            speed_mps=wanted_mps,
+            yaw_rate_radps=yaw_rate,
+            accel_mps2=accel,
+            steering_rad=self._steering_rad,
+            braking=wanted_mps == 0.0,
+            reason='following',
+        )
+
+    def _hold(self) -> DriveCommand:
+        return DriveCommand(
+            speed_mps=0.0,
+            yaw_rate_radps=0.0,
+            accel_mps2=-self.vehicle.comfort_decel_mps2,
+            steering_rad=self._steering_rad,
+            braking=True,
+            reason='standing',
         )
 
     def _pursue(
@@ -176,16 +183,13 @@ class Follower:
         x_m, y_m = sample_polyline(trajectory.poses[:, :2], np.array([at_m]))[0].tolist()
         return x_m, y_m
 
-    def _remember(self, steering_rad: float, now_ns: int, *, relax: bool = False) -> None:
+    def _turn(self, steering_rad: float, now_ns: int) -> None:
         """Move the steering towards a value no faster than the vehicle's wheels turn."""
         since_s = 0.1 if self._command_ns is None else (now_ns - self._command_ns) * 1e-9
         self._command_ns = now_ns
-        if relax:
-            return
+        limit = self.vehicle.max_steering_rad
         change = self.vehicle.max_steering_rate_radps * min(max(since_s, 0.0), 0.2)
-        steering_rad = min(
-            max(steering_rad, -self.vehicle.max_steering_rad), self.vehicle.max_steering_rad
-        )
+        steering_rad = min(max(steering_rad, -limit), limit)
         self._steering_rad = min(
             max(steering_rad, self._steering_rad - change), self._steering_rad + change
         )

@@ -26,8 +26,8 @@ STAND_MPS = 0.05
 SPACING_M = 0.25
 # Nearer waypoints say more about noise than about direction.
 MIN_PIECE_M = 0.3
-LOOKAHEAD_S = 0.5
-MIN_LOOKAHEAD_M = 2.5
+LOOKAHEAD_S = 0.6
+MIN_LOOKAHEAD_M = 3.0
 SPEED_GAIN_1PS = 2.0
 PROGRESS_GAIN_1PS = 0.6
 MAX_JERK_MPS3 = 30.0
@@ -50,8 +50,8 @@ class Motion:
 
     @property
     def stands(self) -> bool:
-        """True where no point is away from the first."""
-        return not self.speeds_mps.any()
+        """True where the whole trajectory covers less than a centimetre."""
+        return bool(self.speeds_mps.sum() * STEP_S < 0.01)
 
 
 class Path:
@@ -184,7 +184,7 @@ def monotone_slopes(
     slopes[0] = min(max(first_mps, 0.0), 3.0 * rise[0])
     before, after = rise[:-1], rise[1:]
     w1, w2 = 2.0 * span[1:] + span[:-1], span[1:] + 2.0 * span[:-1]
-    moving = (before > 0.0) & (after > 0.0)
+    moving = (before > 1e-9) & (after > 1e-9)
     safe_before, safe_after = np.where(moving, before, 1.0), np.where(moving, after, 1.0)
     harmonic = (w1 + w2) / (w1 / safe_before + w2 / safe_after)
     slopes[1:-1] = np.where(moving, harmonic, 0.0)
@@ -297,6 +297,8 @@ class _Wish:
         self._along: list[float] = along.tolist()
         self._speeds: list[float] = np.minimum(speeds, vehicle.max_speed_mps).tolist()
         self._vehicle = vehicle
+        ends_standing = profile.slopes_mps[-1] < STAND_MPS
+        self._stop_m = float(profile.along_m[-1]) if ends_standing else math.inf
 
     def next_speed(self, step: int, along_m: float, speed_mps: float, accel_mps2: float) -> float:
         ahead = self._speeds[step + 1]
@@ -308,6 +310,10 @@ class _Wish:
         wanted = min(max(ahead + catch_up, 0.0), self._vehicle.max_speed_mps)
         forward = (ahead - self._speeds[step]) / STEP_S
         accel = forward + SPEED_GAIN_1PS * (wanted - speed_mps)
+        needed = speed_mps * speed_mps / (2.0 * max(self._stop_m - along_m, 0.05))
+        if needed > self._vehicle.comfort_decel_mps2:
+            # The plan ends at a stop: late or not, that is where to stand.
+            accel = min(accel, -needed)
         if step > 0:
             change = MAX_JERK_MPS3 * STEP_S
             accel = min(max(accel, accel_mps2 - change), accel_mps2 + change)

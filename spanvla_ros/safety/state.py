@@ -255,8 +255,8 @@ class Guardian:
     def _plan_within_age(self, now_ns: int) -> _PlanInUse | None:
         if self._plan is None:
             return None
-        age_s = (now_ns - self._plan.plan.trajectory.stamp_ns) * 1e-9
-        return self._plan if age_s <= self.parameters.plan_max_age_s else None
+        age_ns = now_ns - self._plan.plan.trajectory.stamp_ns
+        return self._plan if age_ns <= self.parameters.plan_max_age_s * 1e9 else None
 
     def _route_now(self, ego: EgoState) -> tuple[Float64[np.ndarray, 'n 2'] | None, str]:
         """The route near the ego if plans can be held to it, else why they cannot."""
@@ -321,7 +321,7 @@ class Guardian:
         path = self._path if usable(self._path, ego) else None
         if self._distrust:
             return hard_stop(ego, *self._bounds, path), FAULT, (self._distrust, 'hard_stop')
-        if (now_ns - ego.stamp_ns) * 1e-9 > self.parameters.odometry_timeout_s:
+        if now_ns - ego.stamp_ns > self.parameters.odometry_timeout_s * 1e9:
             return hard_stop(ego, *self._bounds, path), FAULT, ('odometry_stale', 'hard_stop')
         if not self._enabled:
             motion, stop = self._stop(ego, path)
@@ -341,10 +341,10 @@ class Guardian:
         return comfortable_stop(ego, *self._bounds, path), 'comfortable_stop'
 
     def _reservations(self, in_use: _PlanInUse, ego: EgoState, now_ns: int) -> tuple[str, ...]:
-        age_s = (now_ns - in_use.plan.trajectory.stamp_ns) * 1e-9
+        age_ns = now_ns - in_use.plan.trajectory.stamp_ns
         _, route_fault = self._route_now(ego)
         candidates = (
-            'plan_old' if age_s > self.parameters.plan_fresh_s else '',
+            'plan_old' if age_ns > self.parameters.plan_fresh_s * 1e9 else '',
             self._rejection,
             route_fault,
             *(reason[:80] for reason in in_use.plan.degraded[:16]),
