@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float64
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
+# numpy's own ArrayLike does not know tuples when types are checked at run time.
+ArrayLike = NDArray[Any] | Sequence[Any] | float
 Pose = Float64[np.ndarray, '3']
 Poses = Float64[np.ndarray, '*n 3']
 Points = Float64[np.ndarray, '*n 2']
 
 
-def wrap_angle(angle_rad: ArrayLike) -> Float64[np.ndarray, '...']:
+def wrap_angle(angle_rad: ArrayLike) -> Float64[np.ndarray, '...'] | np.float64:
     """The same angle in [-pi, pi)."""
     turned = np.asarray(angle_rad, dtype=np.float64) + np.pi
     return np.asarray(turned % (2.0 * np.pi) - np.pi)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float64, UInt8
-from numpy.typing import ArrayLike
 
+from spanvla_ros.geometry import ArrayLike
 from spanvla_ros.model.config import CameraSpec
 from spanvla_ros.town.elements import MARKING, OTHER, ROAD, Box, GroundPolygon, Tint
 from spanvla_ros.town.polygons import (
@@ -167,7 +167,7 @@ class Renderer:
 
     def _faded(
         self, polygons: Polygons, pixels: Float64[np.ndarray, 'n 2']
-    ) -> tuple[Polygons, Float64[np.ndarray, 'n 2']]:
+    ) -> tuple[Polygons, Float64[np.ndarray, 'm 2']]:
         """Markings thinner than a pixel, mixed with the road below them or left out.
 
         An anti-aliased fill is never thinner than a pixel: far lines would cover the road.
@@ -288,8 +288,8 @@ def _horizon_row(camera: CameraSpec) -> int:
     return min(max(math.ceil(row), 0), camera.height_px)
 
 
-def _shown(color: ArrayLike, gain: float) -> np.ndarray:
-    return np.rint(np.clip(np.asarray(color, dtype=np.float64) * gain, 0.0, 255.0))
+def _shown(color: ArrayLike, gain: ArrayLike) -> np.ndarray:
+    return np.rint(np.clip(np.asarray(color, dtype=np.float64) * np.asarray(gain), 0.0, 255.0))
 
 
 def _paint(
