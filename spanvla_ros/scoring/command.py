@@ -18,8 +18,9 @@ from shapely.errors import ShapelyError
 
 import spanvla_ros
 from spanvla_ros.scoring.jsonl import Line, NamedObjects, parse_object, read_lines
-from spanvla_ros.scoring.pdms import SCORER_VERSION, Reference, Scorer, simulate_previous
+from spanvla_ros.scoring.pdms import SCORER_VERSION, Scorer, simulate_previous
 from spanvla_ros.scoring.prepared import VERSIONS, Version
+from spanvla_ros.scoring.reference import Reference
 from spanvla_ros.scoring.rows import (
     PlanRow,
     areas_to_json,

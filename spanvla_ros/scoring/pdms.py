@@ -21,30 +21,22 @@ from spanvla_ros.geometry import world_from_local
 from spanvla_ros.scoring import comfort, metrics, simulation
 from spanvla_ros.scoring.comfort import ExtendedComfort
 from spanvla_ros.scoring.prepared import Centerline, PreparedScene, Version, prepare
+from spanvla_ros.scoring.reference import Reference, pdm_closed
+from spanvla_ros.scoring.subscores import (
+    Situation,
+    States,
+    SubScores,
+    Values,
+    progress_scores,
+    sub_scores,
+    total,
+)
 from spanvla_ros.types import Scene, SceneEgo, SpanvlaError, Vehicle
 
 SCORER_VERSION = '1'
 STAGE_TWO_VARIANCE_M2 = 0.1
 
 Frame = Literal['ego', 'world']
-States = Float64[np.ndarray, 'n 41 11']
-Values = Float64[np.ndarray, 'n']
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What progress is measured against: PDM-Closed's plan, its centre line and its route.
-
-    Positions are in the world. `states` are the simulated states of `plan`, `multiplier` the
-    product of the reference's own gating scores; where either is None the scorer makes it.
-    """
-
-    centerline: Float64[np.ndarray, 'n 2']
-    route_lane_ids: tuple[str, ...]
-    plan: Float64[np.ndarray, '41 3']
-    states: Float64[np.ndarray, '41 11'] | None = None
-    multiplier: float | None = None
-    source: str = 'given'
 
 
 @dataclass(frozen=True)
@@ -99,23 +91,6 @@ class Scores:
     unfiltered: Scores | None = None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    # Sub-scores of n plans before progress is put in relation to the reference.
-    gates: dict[str, Values]
-    weighted: dict[str, Values]
-    flags: np.ndarray
-    progress_m: Values
-    collision_step: metrics.Steps
-    ttc_step: metrics.Steps
-    areas: metrics.EgoAreas
-
-    @property
-    def multiplier(self) -> Values:
-        product: Values = np.prod(np.stack(list(self.gates.values())), axis=0)
-        return product
-
-
 class Scorer:
     """Scores plans in one scene by one version; keeps all that depends on the scene alone.
 
@@ -138,17 +113,21 @@ class Scorer:
     ) -> None:
         """Prepare the scene; see the class."""
         if reference is None:
-            from spanvla_ros.scoring.reference import pdm_closed
-
-            reference = pdm_closed(scene, version)
+            reference = pdm_closed(scene, version, vehicle)
         self.scene = scene
         self.version = version
         self.reference = reference
         self.prepared: PreparedScene = prepare(scene, version, vehicle)
         self._vehicle = vehicle
         self._offset = np.array([*self.prepared.origin, 0.0])
-        self._centerline = Centerline.build(reference.centerline - self.prepared.origin)
-        self._on_route = frozenset(reference.route_lane_ids)
+        self._situation = Situation(
+            version=version,
+            tracks=self.prepared.tracks,
+            ground=self.prepared.ground,
+            red_lights=self.prepared.red_lights,
+            on_route=frozenset(reference.route_lane_ids),
+            centerline=Centerline.build(reference.centerline - self.prepared.origin),
+        )
         self._reference_m, self._reference_gate = self._measure_reference()
         use_human = version == 'v2' and human_filter and scene.human is not None
         self._forgiven = self._human_failures() if use_human else frozenset()
@@ -202,10 +181,8 @@ class Scorer:
     ) -> list[Scores]:
         """Score simulated world states; `previous` holds those of the plans made 0.5 s earlier."""
         batch = self.evaluate(states)
-        progress = metrics.ego_progress_v1 if self.version == 'v1' else metrics.ego_progress_v2
-        ep = progress(
-            self._reference_m * self._reference_gate, batch.progress_m, batch.multiplier
-        )
+        reference_m = self._reference_m * self._reference_gate
+        ep = progress_scores(reference_m, batch.progress_m, batch.multiplier, self.version)
         extended: list[ExtendedComfort | None] = [None] * len(states)
         if self.version == 'v2' and previous is not None:
             extended = [
@@ -214,46 +191,18 @@ class Scorer:
             ]
         return [self._scores(batch, ep, at, extended[at]) for at in range(len(states))]
 
-    def evaluate(self, states: States) -> _Batch:
+    def evaluate(self, states: States) -> SubScores:
         """Everything about simulated world states but progress in relation to the reference."""
         local = states.copy()
         local[..., :2] -= self.prepared.origin
-        return self._evaluate(local, self.prepared.history)
+        return sub_scores(local, self._situation, self.prepared.history, self._vehicle)
 
     def areas(self, states: States) -> metrics.EgoAreas:
         """Where the vehicle stands at each step of simulated world states."""
         local = states.copy()
         local[..., :2] -= self.prepared.origin
         ego = metrics.footprints(local, self._vehicle)
-        return metrics.ego_areas(ego, self.prepared.ground, self._on_route)
-
-    def _evaluate(
-        self, local: States, history: Float64[np.ndarray, '14 11'] | None
-    ) -> _Batch:
-        scene, version = self.prepared, self.version
-        ego = metrics.footprints(local, self._vehicle)
-        areas = metrics.ego_areas(ego, scene.ground, self._on_route)
-        nc, collision_step = metrics.no_at_fault_collision(ego, areas, scene.tracks)
-        ttc, ttc_step = metrics.time_to_collision(
-            ego, areas, scene.tracks, scene.ground, version
-        )
-        gates = {'nc': nc, 'dac': metrics.drivable_area(areas)}
-        direction = metrics.driving_direction(ego, areas, version)
-        weighted = {'ttc': ttc}
-        if version == 'v1':
-            flags = comfort.comfort_flags(local, 'v1')
-            weighted['ddc'] = direction
-            weighted['comfort'] = flags.all(axis=1).astype(np.float64)
-        else:
-            gates['ddc'] = direction
-            gates['tlc'] = metrics.traffic_lights(ego, scene.red_lights)
-            weighted['lk'] = metrics.lane_keeping(ego, areas, self._centerline)
-            flags = np.ones((len(local), len(comfort.FLAGS)), dtype=bool)
-            if history is not None:
-                flags = comfort.comfort_flags(comfort.with_history(local, history), 'v2')
-            weighted['hc'] = flags.all(axis=1).astype(np.float64)
-        progress = metrics.raw_progress_m(ego, self._centerline)
-        return _Batch(gates, weighted, flags, progress, collision_step, ttc_step, areas)
+        return metrics.ego_areas(ego, self.prepared.ground, self._situation.on_route)
 
     def _measure_reference(self) -> tuple[float, float]:
         reference = self.reference
@@ -264,9 +213,9 @@ class Scorer:
             states[..., :2] -= self.prepared.origin
         if reference.multiplier is not None:
             ego = metrics.footprints(states, self._vehicle)
-            progress = metrics.raw_progress_m(ego, self._centerline)
+            progress = metrics.raw_progress_m(ego, self._situation.centerline)
             return float(progress[0]), reference.multiplier
-        batch = self._evaluate(states, None)
+        batch = sub_scores(states, self._situation, None, self._vehicle)
         return float(batch.progress_m[0]), float(batch.multiplier[0])
 
     def _human_failures(self) -> frozenset[str]:
@@ -274,7 +223,7 @@ class Scorer:
         assert self.prepared.human is not None
         start = self.prepared.start[None]
         plan = simulation.resample(self.prepared.human[None], 2, start[:, :3])
-        batch = self._evaluate(self._track(plan), None)
+        batch = sub_scores(self._track(plan), self._situation, None, self._vehicle)
         scored = {**batch.gates, **batch.weighted}
         return frozenset(name for name, values in scored.items() if values[0] == 0.0)
 
@@ -283,7 +232,7 @@ class Scorer:
         return simulation.simulate(plans, start, self._vehicle)
 
     def _scores(
-        self, batch: _Batch, ep: Values, at: int, extended: ExtendedComfort | None
+        self, batch: SubScores, ep: Values, at: int, extended: ExtendedComfort | None
     ) -> Scores:
         own = {name: float(values[at]) for name, values in batch.gates.items()}
         own |= {name: float(values[at]) for name, values in batch.weighted.items()}
@@ -302,7 +251,7 @@ class Scorer:
             ec=ec,
             total=_total(own, self.version, ec),
             total_without_ec=_total(own, self.version, None),
-            comfort_flags=tuple(bool(flag) for flag in batch.flags[at]),
+            comfort_flags=tuple(bool(flag) for flag in batch.comfort_flags[at]),
             collision_s=_time_s(batch.collision_step[at]),
             ttc_infraction_s=_time_s(batch.ttc_step[at]),
             progress_m=float(batch.progress_m[at]),
@@ -417,14 +366,8 @@ def two_stage_epdms(groups: Sequence[TwoStageGroup]) -> float:
 
 
 def _total(scores: dict[str, float], version: Version, ec: float | None) -> float:
-    if version == 'v1':
-        mean = (5.0 * scores['ep'] + 5.0 * scores['ttc'] + 2.0 * scores['comfort']) / 12.0
-        return scores['nc'] * scores['dac'] * mean
-    gate = scores['nc'] * scores['dac'] * scores['ddc'] * scores['tlc']
-    points = 5.0 * scores['ep'] + 5.0 * scores['ttc'] + 2.0 * scores['lk'] + 2.0 * scores['hc']
-    if ec is None:
-        return gate * points / 14.0
-    return gate * (points + 2.0 * ec) / 16.0
+    values = {name: np.float64(value) for name, value in scores.items()}
+    return float(total(values, version, None if ec is None else np.float64(ec)))
 
 
 def _time_s(step: int) -> float | None:

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from spanvla_ros.scoring.metrics import EgoAreas
-from spanvla_ros.scoring.pdms import PreviousPlan, Reference, Scores
+from spanvla_ros.scoring.pdms import PreviousPlan, Scores
 from spanvla_ros.scoring.prepared import Version
+from spanvla_ros.scoring.reference import Reference
 from spanvla_ros.scoring.scene import (
     ego_from_json,
     field,
