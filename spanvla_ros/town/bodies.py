@@ -28,7 +28,8 @@ SIGNAL_RED: Color = (255, 20, 20)
 SIGNAL_GREEN: Color = (40, 255, 60)
 SKINS: tuple[Color, ...] = ((225, 180, 150), (150, 105, 75), (95, 65, 45))
 CLOTHES: tuple[Color, ...] = (
-    (245, 120, 20), (250, 220, 40), (235, 50, 160), (60, 210, 235), (130, 60, 220), (240, 240, 245),
+    (245, 120, 20), (250, 220, 40), (235, 50, 160),
+    (60, 210, 235), (130, 60, 220), (240, 240, 245),
 )  # fmt: skip
 LINE_HALF_M = 0.09
 DASH_M = 3.0
@@ -103,12 +104,8 @@ def _strips(
     return [GroundPolygon(points, color, kind) for points in np.stack(corners, axis=1)]
 
 
-def _line(
-    corridor: Corridor, cuts: list[float], d_m: float, color: Color
-) -> list[GroundPolygon]:
-    return _strips(
-        corridor, cuts, d_m - LINE_HALF_M, d_m + LINE_HALF_M, color, elements.MARKING
-    )
+def _line(corridor: Corridor, cuts: list[float], d_m: float, color: Color) -> list[GroundPolygon]:
+    return _strips(corridor, cuts, d_m - LINE_HALF_M, d_m + LINE_HALF_M, color, elements.MARKING)
 
 
 def _lane_lines(
@@ -139,9 +136,7 @@ def _dashes(
         for ahead, side in ((0.0, -LINE_HALF_M), (DASH_M, -LINE_HALF_M),
                             (DASH_M, LINE_HALF_M), (0.0, LINE_HALF_M))
     ]  # fmt: skip
-    return [
-        GroundPolygon(points, color, elements.MARKING) for points in np.stack(corners, axis=1)
-    ]
+    return [GroundPolygon(points, color, elements.MARKING) for points in np.stack(corners, axis=1)]
 
 
 def _crossing(corridor: Corridor, junction: Junction, paint: Paint) -> list[GroundPolygon]:
@@ -149,8 +144,7 @@ def _crossing(corridor: Corridor, junction: Junction, paint: Paint) -> list[Grou
     low, high = section.right_m + SHOULDER_M, section.left_m - SHOULDER_M
     marks = []
     if junction.signal:
-        stop = [junction.stop_m, junction.stop_m + 0.5]
-        marks.append(corridor.band(*stop, low, section.divider_m))
+        marks.append(corridor.band(junction.stop_m, junction.stop_m + 0.5, low, section.divider_m))
     marks += [
         corridor.band(
             junction.start_m - CROSSWALK_BEFORE_M[0],
@@ -202,9 +196,7 @@ def car(
         Patch(face, length * 0.3, -length * 0.3, 1.05, height - 0.12, WINDOW, elements.VEHICLE)
         for face in ('left', 'right')
     ]
-    return Box(
-        *pose, length, width, height - 0.25, color, elements.VEHICLE, 0.25, tuple(patches)
-    )
+    return Box(*pose, length, width, height - 0.25, color, elements.VEHICLE, 0.25, tuple(patches))
 
 
 def person(
@@ -239,8 +231,6 @@ def signal(pose: tuple[float, float, float], *, red: bool) -> tuple[Box, ...]:
     )
 
 
-def house(
-    pose: tuple[float, float, float], size: tuple[float, float, float], color: Color
-) -> Box:
+def house(pose: tuple[float, float, float], size: tuple[float, float, float], color: Color) -> Box:
     """A building by its centre pose and length, width, height."""
     return Box(*pose, *size, color, elements.OTHER)

@@ -16,8 +16,9 @@ from jaxtyping import Float64
 
 from spanvla_ros.geometry import local_from_world, world_from_local, wrap_angle
 from spanvla_ros.model.reasoning import Component, Decision, meta_action
+from spanvla_ros.town.road_users import Pedestrian, idm
 from spanvla_ros.town.roads import SPACING_M
-from spanvla_ros.town.traffic import Pedestrian, World, idm
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, Observation, Plan, Trajectory
 
 STEP_S = 0.1
@@ -49,7 +50,7 @@ class ReferencePlan:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something on the lane: bumper-to-bumper `gap_m`, its speed and its (braking) acceleration."""
+    """Something on the lane: bumper-to-bumper `gap_m`, its speed, its braking (negative)."""
 
     gap_m: float
     speed_mps: float = 0.0

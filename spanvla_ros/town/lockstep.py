@@ -190,8 +190,6 @@ def _observe(
 def _hash(trace: list[TraceStep]) -> str:
     digest = hashlib.sha256()
     for step in trace:
-        digest.update(
-            np.array([*step.ego.pose, step.ego.speed_mps], dtype='<f8').tobytes()
-        )
+        digest.update(np.array([*step.ego.pose, step.ego.speed_mps], dtype='<f8').tobytes())
         digest.update(step.state.encode())
     return digest.hexdigest()

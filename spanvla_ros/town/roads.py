@@ -1,4 +1,4 @@
-"""Road corridors: a lane to drive on, all that lies beside it, and its map and painted ground.
+"""Road corridors: a lane to drive on and all that lies beside it.
 
 A corridor is a sequence of stretches and junctions along the ego lane's centre line. Places are
 given in corridor coordinates: `s` metres along that line, `d` metres to its left. Traffic keeps
@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float64
 
 from spanvla_ros.geometry import world_from_local
-from spanvla_ros.types import SceneLane, SceneMap, SceneRoadblock
 
 SPACING_M = 0.5
 LANE_WIDTH_M = 3.5
@@ -24,6 +23,7 @@ SHOULDER_M = 0.4
 STOP_LINE_BEFORE_M = 4.5
 CROSSWALK_BEFORE_M = (3.8, 1.0)
 CLEARANCE_M = 26.0
+ARM_CLEARANCE_M = 13.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ class StretchPlan:
 
 @dataclass(frozen=True)
 class JunctionPlan:
-    """A junction still to be laid out; `cross_lanes` per direction where the ego goes straight."""
+    """A junction still to be laid out; `cross_lanes` per direction where the ego goes straight.
+
+    The arms: where the ego turns, one straight on and one opposite its exit; where it goes
+    straight, one to the left (`straight_arm`) and one to the right (`side_arm`).
+    """
 
     turn: str = 'straight'
     signal: bool = False
@@ -105,7 +109,9 @@ class Arm:
     lanes_in: int
     length_m: float
 
-    def strip(self, right_m: float, left_m: float, start_m: float = 0.0) -> Float64[np.ndarray, '4 2']:
+    def strip(
+        self, right_m: float, left_m: float, start_m: float = 0.0
+    ) -> Float64[np.ndarray, '4 2']:
         """The corners of a strip along the whole arm between two offsets."""
         return world_from_local(
             self.pose,
@@ -209,9 +215,7 @@ class Corridor:
         """Curvature of the ego lane at a place."""
         return self._lists[3][min(max(int(s_m / SPACING_M), 0), len(self.x_m) - 1)]
 
-    def locate(
-        self, x_m: float, y_m: float, near_m: float | None = None
-    ) -> tuple[float, float]:
+    def locate(self, x_m: float, y_m: float, near_m: float | None = None) -> tuple[float, float]:
         """Corridor coordinates of a point; `near_m` limits the search to 25 m around it."""
         low, high = 0, len(self.x_m)
         if near_m is not None:
@@ -253,9 +257,7 @@ class Corridor:
         """The outline of a strip along the corridor between two offsets."""
         count = max(2, math.ceil((end_m - start_m) / step_m) + 1)
         s = np.linspace(start_m, end_m, count)
-        return np.concatenate(
-            [self.places(s, right_m)[:, :2], self.places(s, left_m)[::-1, :2]]
-        )
+        return np.concatenate([self.places(s, right_m)[:, :2], self.places(s, left_m)[::-1, :2]])
 
 
 class OverlapError(ValueError):
@@ -360,20 +362,17 @@ def _junction(
     reach_m: float,
 ) -> Junction:
     entry = corridor.place(start_m, 0.0)
-    across_m = LANE_WIDTH_M * plan.cross_lanes + SHOULDER_M
     arms: list[tuple[float, float, float, int, int]] = []
     if plan.turn == 'straight':
         low, high = min(before.right_m, after.right_m), max(before.left_m, after.left_m)
         box = (0.0, end_m - start_m, low, high)
-        centre = 0.5 * (end_m - start_m)
-        arms.append((centre, high, math.pi / 2, plan.cross_lanes, plan.cross_lanes))
+        centre, lanes = 0.5 * (end_m - start_m), plan.cross_lanes
+        if plan.straight_arm:
+            arms.append((centre, high, math.pi / 2, lanes, lanes))
         if plan.side_arm:
-            arms.append((centre, low, -math.pi / 2, plan.cross_lanes, plan.cross_lanes))
-        if not plan.straight_arm:
-            arms.pop(0)
-        assert across_m * 2 <= end_m - start_m
+            arms.append((centre, low, -math.pi / 2, lanes, lanes))
     else:
-        depth_m = corridor_depth(corridor, start_m, end_m)
+        depth_m = _depth_m(corridor, start_m, end_m)
         if plan.turn == 'left':
             box = (0.0, reach_m - after.right_m, before.right_m, depth_m)
             side = (reach_m - after.divider_m, before.right_m, -math.pi / 2)
@@ -394,7 +393,7 @@ def _junction(
     return Junction(start_m, end_m, plan.turn, plan.signal, area, tuple(built))
 
 
-def corridor_depth(corridor: Corridor, start_m: float, end_m: float) -> float:
+def _depth_m(corridor: Corridor, start_m: float, end_m: float) -> float:
     """How far to the side of its entry direction a turn leads."""
     entry, leave = corridor.place(start_m, 0.0), corridor.place(end_m, 0.0)
     return abs(
@@ -407,154 +406,10 @@ def _shorten(corridor: Corridor, arm: Arm, start_m: float, end_m: float) -> Arm:
     other = (corridor.s_m < start_m - 5.0) | (corridor.s_m > end_m + 5.0)
     x, y = corridor.x_m[other][::4], corridor.y_m[other][::4]
     length_m = arm.length_m
-    base = math.hypot(0.0, 0.0)
     for reach_m in np.arange(15.0, arm.length_m + 1.0, 5.0):
         px = arm.pose[0] + reach_m * math.cos(arm.pose[2])
         py = arm.pose[1] + reach_m * math.sin(arm.pose[2])
-        if np.hypot(x - px, y - py).min() < 13.0 + base:
+        if np.hypot(x - px, y - py).min() < ARM_CLEARANCE_M:
             length_m = reach_m - 5.0
             break
     return Arm(arm.pose, arm.lanes_out, arm.lanes_in, float(length_m))
-
-
-def build_map(corridor: Corridor, speed_limit_mps: float) -> SceneMap:
-    """The corridor as a lane map: stretches, connectors through junctions, junction areas, arms.
-
-    Roadblocks `f0, j0, f1, ..` lead along the corridor, `r..` and `k..` the other way; lane
-    `<roadblock>_0` is the rightmost in driving direction; arms are `a<junction>_<arm>_out|in`.
-    """
-    blocks: list[SceneRoadblock] = []
-    last = len(corridor.stretches) - 1
-    for index, stretch in enumerate(corridor.stretches):
-        forward = _forward_offsets(stretch.section)
-        opposing = _opposing_offsets(stretch.section)
-        blocks.append(
-            _block(corridor, f'f{index}', stretch.start_m, stretch.end_m, forward,
-                   f'j{index}' if index < last else None, speed_limit_mps)
-        )  # fmt: skip
-        blocks.append(
-            _block(corridor, f'r{index}', stretch.start_m, stretch.end_m, opposing,
-                   f'k{index - 1}' if index else None, speed_limit_mps, reverse=True)
-        )  # fmt: skip
-    for index, junction in enumerate(corridor.junctions):
-        blocks.extend(_connectors(corridor, index, junction, speed_limit_mps))
-        for number, arm in enumerate(junction.arms):
-            blocks.extend(_arm_blocks(f'a{index}_{number}', arm, speed_limit_mps))
-    return SceneMap(tuple(blocks), tuple(j.area for j in corridor.junctions))
-
-
-def route_ids(corridor: Corridor) -> tuple[str, ...]:
-    """The roadblocks of the route, in order."""
-    ids = ['f0']
-    for index in range(len(corridor.junctions)):
-        ids += [f'j{index}', f'f{index + 1}']
-    return tuple(ids)
-
-
-def ego_lane(section: CrossSection) -> int:
-    """The ego lane's number in its roadblock, counted from the right."""
-    return section.lanes_right
-
-
-def _forward_offsets(section: CrossSection) -> list[float]:
-    return [
-        (lane - section.lanes_right) * LANE_WIDTH_M for lane in range(section.forward)
-    ]
-
-
-def _opposing_offsets(section: CrossSection) -> list[float]:
-    left = section.lanes_left + section.opposing
-    return [(left - lane) * LANE_WIDTH_M for lane in range(section.opposing)]
-
-
-def _block(
-    corridor: Corridor,
-    name: str,
-    start_m: float,
-    end_m: float,
-    offsets: list[float],
-    follower: str | None,
-    limit_mps: float,
-    *,
-    reverse: bool = False,
-) -> SceneRoadblock:
-    half = LANE_WIDTH_M / 2
-    s = np.linspace(start_m, end_m, max(2, round(end_m - start_m) + 1))
-    lanes = []
-    for number, offset in enumerate(offsets):
-        line = corridor.places(s, offset)[:, :2]
-        lanes.append(
-            SceneLane(
-                f'{name}_{number}',
-                line[::-1] if reverse else line,
-                corridor.band(start_m, end_m, offset - half, offset + half),
-                limit_mps,
-                (f'{follower}_{number}',) if follower else (),
-            )
-        )
-    low, high = min(offsets) - half, max(offsets) + half
-    if reverse:
-        high += SHOULDER_M
-    else:
-        low -= SHOULDER_M
-    return SceneRoadblock(name, False, corridor.band(start_m, end_m, low, high), tuple(lanes))
-
-
-def _connectors(
-    corridor: Corridor, index: int, junction: Junction, limit_mps: float
-) -> list[SceneRoadblock]:
-    before, after = corridor.stretches[index].section, corridor.stretches[index + 1].section
-    half = LANE_WIDTH_M / 2
-    s = np.linspace(junction.start_m, junction.end_m, 2 * round(junction.end_m - junction.start_m))
-    blend = (s - s[0]) / (s[-1] - s[0])
-    made = []
-    pairs = ((f'j{index}', f'f{index + 1}', _forward_offsets(before), _forward_offsets(after),
-              before.lanes_right, after.lanes_right, False),
-             (f'k{index}', f'r{index}', _opposing_offsets(before), _opposing_offsets(after),
-              0, 0, True))  # fmt: skip
-    for name, follower, start, end, base_start, base_end, reverse in pairs:
-        lanes = []
-        sources, goals = (end, start) if reverse else (start, end)
-        base_source, base_goal = (base_end, base_start) if reverse else (base_start, base_end)
-        for number in range(len(sources)):
-            goal = min(max(number - base_source + base_goal, 0), len(goals) - 1)
-            if junction.turn != 'straight' and not reverse and number != base_source:
-                continue
-            d0, d1 = (goals[goal], sources[number]) if reverse else (sources[number], goals[goal])
-            d = d0 + (d1 - d0) * blend
-            line = corridor.places(s, d)[:, :2]
-            sides = [corridor.places(s, d + side)[:, :2] for side in (-half, half)]
-            polygon = np.concatenate([sides[0], sides[1][::-1]])
-            lanes.append(
-                SceneLane(f'{name}_{number}', line[::-1] if reverse else line, polygon,
-                          limit_mps, (f'{follower}_{goal}',))
-            )  # fmt: skip
-        outline = np.concatenate([lanes[0].polygon[: len(s)], lanes[-1].polygon[len(s) :]])
-        if reverse:
-            outline = np.concatenate([lanes[-1].polygon[: len(s)], lanes[0].polygon[len(s) :]])
-        made.append(SceneRoadblock(name, True, outline, tuple(lanes)))
-    return made
-
-
-def _arm_blocks(name: str, arm: Arm, limit_mps: float) -> list[SceneRoadblock]:
-    made = []
-    for kind, count in (('out', arm.lanes_out), ('in', arm.lanes_in)):
-        lanes = []
-        sign = -1.0 if kind == 'out' else 1.0
-        for number in range(count):
-            outer = count - number
-            d = sign * (outer - 0.5) * LANE_WIDTH_M
-            line = world_from_local(arm.pose, [[0.0, d], [arm.length_m, d]])
-            lanes.append(
-                SceneLane(
-                    f'{name}_{kind}_{number}',
-                    line if kind == 'out' else line[::-1],
-                    arm.strip(d - LANE_WIDTH_M / 2, d + LANE_WIDTH_M / 2),
-                    limit_mps,
-                    (),
-                )
-            )
-        edge = arm.edges_m[0] if kind == 'out' else arm.edges_m[1]
-        strip = arm.strip(min(edge, 0.0), max(edge, 0.0))
-        made.append(SceneRoadblock(f'{name}_{kind}', False, strip, tuple(lanes)))
-    return made

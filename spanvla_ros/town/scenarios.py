@@ -6,33 +6,39 @@ families of short drives, and `mix`, a long road with all of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
-import yaml
 
-from spanvla_ros.geometry import local_from_world
 from spanvla_ros.town import bodies
 from spanvla_ros.town.elements import Box, Color, GroundPolygon, Tint
+from spanvla_ros.town.ranges import Ranges, Span, load_ranges, ranges_sha256
+from spanvla_ros.town.road_users import FRONT_M, BrakeEvent, Car, Pedestrian, Signal
 from spanvla_ros.town.roads import (
     LANE_WIDTH_M,
     SPACING_M,
-    Arm,
     Bend,
     Corridor,
     CrossSection,
-    Junction,
     JunctionPlan,
     OverlapError,
     StretchPlan,
     lay_out,
 )
-from spanvla_ros.town.traffic import BrakeEvent, Car, Pedestrian, Signal, Surroundings, World
+from spanvla_ros.town.sites import is_free, leaving_path
+from spanvla_ros.town.traffic import Surroundings, World
 from spanvla_ros.types import EgoState, SpanvlaError, Vehicle
+
+__all__ = [
+    'FAMILIES',
+    'HAZARDS',
+    'HELD_OUT_SEED',
+    'MIX',
+    'Ranges',
+    'load_ranges',
+    'make_world',
+    'ranges_sha256',
+]
 
 FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
 MIX = 'mix'
@@ -40,81 +46,6 @@ HELD_OUT_SEED = 1_000_000
 HAZARDS = {'lead_vehicle': 'lead', 'pedestrian': 'pedestrian', 'red_light': 'light'}
 BEHIND_M = 40.0
 BEYOND_M = 90.0
-FRONT_M = 4.05
-Span = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """What scenes are drawn from; the fields are explained in `config/town/ranges.yaml`."""
-
-    speed_limit_mps: float = 11.0
-    lateral_accel_mps2: float = 2.0
-    start_speed_mps: Span = (0.0, 11.0)
-    standing_start_share: float = 0.15
-    drive_m: Span = (120.0, 190.0)
-    bend_radius_m: Span = (26.0, 110.0)
-    bend_length_m: Span = (35.0, 80.0)
-    bend_gap_m: Span = (6.0, 25.0)
-    turn_radius_right_m: Span = (8.0, 11.0)
-    turn_radius_left_m: Span = (10.0, 15.0)
-    junction_at_m: Span = (55.0, 85.0)
-    extra_lane_share: float = 0.45
-    straight_share: float = 0.3
-    route_step_m: Span = (10.0, 20.0)
-    route_noise_sd_m: float = 1.0
-    lead_stopped_share: float = 0.35
-    lead_braking_share: float = 0.35
-    lead_gap_m: Span = (14.0, 40.0)
-    lead_speed_share: Span = (0.45, 0.95)
-    lead_decel_mps2: Span = (2.0, 6.0)
-    lead_brake_to_mps: Span = (0.0, 2.0)
-    lead_hold_s: Span = (2.0, 5.0)
-    pedestrian_at_m: Span = (48.0, 95.0)
-    pedestrian_speed_mps: Span = (1.1, 1.8)
-    pedestrian_waits_share: float = 0.25
-    pedestrian_timing_s: Span = (-0.5, 0.5)
-    bystander_share: float = 0.3
-    light_red_share: float = 0.75
-    green_after_s: Span = (3.0, 12.0)
-    queue_share: float = 0.25
-    oncoming_mean: float = 1.2
-    neighbour_share: float = 0.5
-    parked_mean: float = 1.0
-    lateral_offset_sd_m: float = 0.4
-    heading_sd_rad: float = 0.03
-    snapshot_speed_mps: Span = (0.0, 14.0)
-    own_speed_share: float = 0.4
-    standstill_share: float = 0.06
-    consistent_history_share: float = 0.25
-    history_accel_sd_mps2: float = 0.4
-    history_noise_sd_m: float = 0.03
-
-
-def load_ranges(path: str | Path | None = None) -> Ranges:
-    """The ranges of a YAML file, by default those of the package; anything odd is refused."""
-    if path is None:
-        return Ranges()
-    with open(path, encoding='utf-8') as file:
-        raw = yaml.safe_load(file)
-    known = {field.name: field.default for field in fields(Ranges)}
-    if not isinstance(raw, dict) or set(raw) - set(known):
-        odd = sorted(set(raw) - set(known)) if isinstance(raw, dict) else 'no mapping'
-        raise SpanvlaError(f'{path}: {odd} is not a range; use {sorted(known)}')
-    values = {}
-    for name, value in raw.items():
-        span = isinstance(known[name], tuple)
-        parts = value if isinstance(value, list) else [value]
-        if len(parts) != (2 if span else 1) or not all(isinstance(v, int | float) for v in parts):
-            raise SpanvlaError(f'{path}: {name} must be {"[low, high]" if span else "a number"}')
-        values[name] = tuple(map(float, parts)) if span else float(value)
-    return replace(Ranges(), **values)
-
-
-def ranges_sha256(ranges: Ranges | None = None) -> str:
-    """The hash of the ranges' content, for summaries."""
-    content = json.dumps(asdict(ranges or Ranges()), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def make_world(family: str, seed: int, ranges: Ranges | None = None) -> World:
@@ -189,9 +120,7 @@ class _Draft:
             seed=self.seed,
         )
         hazard = HAZARDS.get(self.family, '')
-        return World(
-            around, Vehicle(), self.cars, self.pedestrians, self.signals, ego, hazard
-        )
+        return World(around, Vehicle(), self.cars, self.pedestrians, self.signals, ego, hazard)
 
     def lay_road(self) -> tuple[Corridor, float]:
         for _ in range(400):
@@ -247,10 +176,12 @@ class _Draft:
             left = 1
         return CrossSection(right, left, 1 + int(self.chance(extra)))
 
-    def draw_bends(self, length_m: float, margin_m: float, *, always: bool = False) -> tuple[Bend, ...]:
+    def draw_bends(
+        self, length_m: float, margin_m: float, *, always: bool = False
+    ) -> tuple[Bend, ...]:
         if not always and self.chance(self.ranges.straight_share):
             return ()
-        bends = []
+        bends: list[Bend] = []
         at = margin_m + (self.within((0.0, 25.0)) if not always else self.within((15.0, 30.0)))
         side = 1.0 if self.chance(0.5) else -1.0
         while True:
@@ -263,7 +194,9 @@ class _Draft:
             side = -side if self.chance(0.7) else side
 
     def draw_junction(self, turn: str, *, signal: bool) -> JunctionPlan:
-        span = self.ranges.turn_radius_left_m if turn == 'left' else self.ranges.turn_radius_right_m
+        span = (
+            self.ranges.turn_radius_left_m if turn == 'left' else self.ranges.turn_radius_right_m
+        )
         return JunctionPlan(
             turn,
             signal,
@@ -281,7 +214,9 @@ class _Draft:
         if self.chance(self.ranges.standing_start_share):
             speed = 0.0
         speed = min(speed, float(self.limits[int(BEHIND_M / SPACING_M)]))
-        x, y, yaw = self.corridor.place(BEHIND_M, float(np.clip(self.rng.normal() * 0.2, -0.5, 0.5)))
+        x, y, yaw = self.corridor.place(
+            BEHIND_M, float(np.clip(self.rng.normal() * 0.2, -0.5, 0.5))
+        )
         return EgoState(0, x, y, (yaw + math.pi) % (2 * math.pi) - math.pi, speed)
 
     def populate(self, ego: EgoState) -> None:
@@ -294,9 +229,7 @@ class _Draft:
             self.add_pedestrian(at, crosses=not self.chance(self.ranges.pedestrian_waits_share))
         for index, junction in enumerate(self.corridor.junctions):
             if junction.signal:
-                red = self.chance(
-                    self.ranges.light_red_share if self.family != 'turns' else 0.4
-                )
+                red = self.chance(self.ranges.light_red_share if self.family != 'turns' else 0.4)
                 self.signals.append(Signal(index, red, self.within(self.ranges.green_after_s)))
         if self.family == 'red_light' and self.chance(self.ranges.queue_share):
             self.add_queue()
@@ -308,8 +241,15 @@ class _Draft:
         kind = self.rng.random()
         limit = r.speed_limit_mps
         gap = self.within(r.lead_gap_m)
-        decel, to, hold = (self.within(s) for s in (r.lead_decel_mps2, r.lead_brake_to_mps, r.lead_hold_s))
-        share, trigger, at = self.within(r.lead_speed_share), self.within((8.0, 16.0)), self.rng.random()
+        events: tuple[BrakeEvent, ...] = ()
+        decel, to, hold = (
+            self.within(s) for s in (r.lead_decel_mps2, r.lead_brake_to_mps, r.lead_hold_s)
+        )
+        share, trigger, at = (
+            self.within(r.lead_speed_share),
+            self.within((8.0, 16.0)),
+            self.rng.random(),
+        )
         cruise = share * limit
         if kind < r.lead_stopped_share:
             gap += ego_mps**2 / 6.0
@@ -325,10 +265,20 @@ class _Draft:
             events = (event,)
         else:
             gap = max(gap, 1.3 * ego_mps)
-            speed, events = cruise, ()
+            speed = cruise
             place = front_m + gap + size[0] / 2
         self.cars.append(
-            Car('car_lead', place, 0.0, speed, cruise, size, self.color(), reacts=True, events=events)
+            Car(
+                'car_lead',
+                place,
+                0.0,
+                speed,
+                cruise,
+                size,
+                self.color(),
+                reacts=True,
+                events=events,
+            )
         )
 
     def add_queue(self) -> None:
@@ -424,7 +374,7 @@ class _Draft:
                     # It waits for the ego to come near, so that they meet.
                     lead.events = (BrakeEvent(-math.inf, 30.0, 3.0, 0.0, 0.5), *lead.events)
                     lead.speed_mps = 0.0
-                path = _leaving_path(self.corridor, junction)
+                path = leaving_path(self.corridor, junction)
                 lead.leaves_m, lead.leaves_by = junction.start_m, path
                 if not path:
                     del self.cars[before]
@@ -438,7 +388,9 @@ class _Draft:
     def draw_route(self) -> np.ndarray:
         steps = [0.0]
         while steps[-1] < self.corridor.length_m - 5.0:
-            steps.append(min(steps[-1] + self.within(self.ranges.route_step_m), self.corridor.length_m))
+            steps.append(
+                min(steps[-1] + self.within(self.ranges.route_step_m), self.corridor.length_m)
+            )
         points = self.corridor.places(np.array(steps), 0.0)[:, :2]
         return points + self.rng.normal(size=points.shape) * self.ranges.route_noise_sd_m
 
@@ -478,7 +430,7 @@ class _Draft:
                     drafts.append((pose, (length, width, height), color))
                 s += length + self.within((1.0, 12.0))
         for pose, size, color in drafts:
-            if _is_free(corridor, pose, size):
+            if is_free(corridor, pose, size):
                 found.append(bodies.house(pose, size, color))
         return tuple(found)
 
@@ -492,76 +444,3 @@ def _speed_limits(corridor: Corridor, ranges: Ranges) -> np.ndarray:
     for index in range(len(slow) - 2, -1, -1):
         slow[index] = min(slow[index], math.sqrt(slow[index + 1] ** 2 + 2 * 1.5 * SPACING_M))
     return np.array(slow)
-
-
-def _leaving_path(corridor: Corridor, junction: Junction) -> tuple[tuple[float, float, float], ...]:
-    """A way from the ego's lane into an arm the ego does not take, each metre a pose."""
-    start = corridor.place(junction.start_m, 0.0)
-    arm = _arm_to_leave_by(junction, start)
-    if arm is None:
-        return ()
-    d = -(arm.lanes_out - 0.5) * LANE_WIDTH_M
-    ex = arm.pose[0] + 2.0 * math.cos(arm.pose[2]) - math.sin(arm.pose[2]) * d
-    ey = arm.pose[1] + 2.0 * math.sin(arm.pose[2]) + math.cos(arm.pose[2]) * d
-    reach = math.hypot(ex - start[0], ey - start[1])
-    t = np.linspace(0.0, 1.0, max(3, int(reach * 1.15)), endpoint=False)
-    pull = 1.2 * reach
-    a, b = np.array(start[:2]), np.array([ex, ey])
-    u = pull * np.array([math.cos(start[2]), math.sin(start[2])])
-    v = pull * np.array([math.cos(arm.pose[2]), math.sin(arm.pose[2])])
-    t = t[:, None]
-    curve = (
-        (2 * t**3 - 3 * t**2 + 1) * a + (t**3 - 2 * t**2 + t) * u
-        + (3 * t**2 - 2 * t**3) * b + (t**3 - t**2) * v
-    )  # fmt: skip
-    along = np.arange(0.0, arm.length_m - 6.0)[:, None]
-    line = np.concatenate([curve, b + along * (v / pull)])
-    length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))])
-    metres = np.arange(0.0, length[-1])
-    x, y = np.interp(metres, length, line[:, 0]), np.interp(metres, length, line[:, 1])
-    yaw = np.unwrap(np.arctan2(np.gradient(y), np.gradient(x)))
-    yaw += 2 * math.pi * round((start[2] - yaw[0]) / (2 * math.pi))
-    return tuple(zip(x.tolist(), y.tolist(), yaw.tolist(), strict=True))
-
-
-def _arm_to_leave_by(junction: Junction, start: tuple[float, float, float]) -> Arm | None:
-    """The straight arm where the ego turns, the right one where it goes straight."""
-    wanted = -math.pi / 2 if junction.turn == 'straight' else 0.0
-    for arm in junction.arms:
-        turn = (arm.pose[2] - start[2] + math.pi) % (2 * math.pi) - math.pi
-        if abs(turn - wanted) < 0.1 and arm.lanes_out > 0 and arm.length_m > 20.0:
-            return arm
-    return None
-
-
-def _is_free(
-    corridor: Corridor, pose: tuple[float, float, float], size: tuple[float, float, float]
-) -> bool:
-    """Whether a house here stands clear of every road."""
-    half_x, half_y = size[0] / 2 + 1.5, size[1] / 2 + 1.5
-    cos, sin = math.cos(pose[2]), math.sin(pose[2])
-    spots = np.array(
-        [(i * half_x, j * half_y) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    ) @ np.array([[cos, sin], [-sin, cos]]) + pose[:2]
-    gap = np.hypot(spots[:, :1] - corridor.x_m[::4], spots[:, 1:] - corridor.y_m[::4])
-    nearest = gap.argmin(axis=1) * 4
-    yaw = corridor.yaw_rad[nearest]
-    left = (spots[:, 1] - corridor.y_m[nearest]) * np.cos(yaw) - (
-        spots[:, 0] - corridor.x_m[nearest]
-    ) * np.sin(yaw)
-    for d, index in zip(left.tolist(), nearest.tolist(), strict=True):
-        section = corridor.section_at(index * SPACING_M)
-        if section.right_m - 1.0 < d < section.left_m + 1.0:
-            return False
-    for junction in corridor.junctions:
-        if np.hypot(*(junction.area.mean(axis=0) - pose[:2])) < 14.0 + half_x:
-            return False
-        for arm in junction.arms:
-            local = local_from_world(arm.pose, spots)
-            low, high = arm.edges_m
-            if (
-                (local[:, 0] > -3.0) & (local[:, 0] < arm.length_m + 3.0)
-                & (local[:, 1] > low - 1.5) & (local[:, 1] < high + 1.5)
-            ).any():  # fmt: skip
-                return False
-    return True

@@ -1,4 +1,4 @@
-"""Moments cut from reference drives for training and evaluation, and pairs with and without hazard.
+"""Labelled moments cut from reference drives, and pairs with and without a hazard.
 
 The past handed to a model is mostly drawn independently of what lies ahead: a history that shows
 the braking would teach it to copy instead of to look.
@@ -14,7 +14,6 @@ from jaxtyping import Float32, Float64
 
 from spanvla_ros.geometry import local_from_world
 from spanvla_ros.town.driver import (
-    CLEAR_OF_LANE_M,
     LANE_HALF_M,
     PEDESTRIAN_SIGHT_M,
     SIGHT_M,
@@ -22,9 +21,11 @@ from spanvla_ros.town.driver import (
     in_the_way,
     reference_plan,
 )
+from spanvla_ros.town.mirror import flip_scene
+from spanvla_ros.town.road_users import FRONT_M
 from spanvla_ros.town.roads import SPACING_M
 from spanvla_ros.town.scenarios import HAZARDS, MIX, Ranges, make_world
-from spanvla_ros.town.traffic import World, flip_scene
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, Scene, SceneAgent
 
 HISTORY_S = (-1.5, -1.0, -0.5)
@@ -130,11 +131,10 @@ def _past(track: list[Float64[np.ndarray, '3']]) -> Float64[np.ndarray, '3 3']:
 def _weight(world: World, plan: ReferencePlan) -> float:
     weight = 0.4
     for component in plan.components:
-        name = component.kind
+        name, how = component.kind, component.behaviour
         near = component.distance_m < 45.0
-        if name == 'pedestrian' and component.behaviour == 'crossing':
-            weight += 4.0
-        elif name == 'lead vehicle' and near and component.behaviour != 'steady':
+        slowing_lead = name == 'lead vehicle' and near and how != 'steady'
+        if slowing_lead or (name == 'pedestrian' and how == 'crossing'):
             weight += 4.0
         elif name == 'red light' and near:
             weight += 1.2
@@ -195,7 +195,7 @@ def perturbed(moment: _Moment, rng: np.random.Generator, ranges: Ranges) -> Snap
 
 def _stoppable_mps(world: World) -> float:
     """The speed from which the nearest hazard can still be met with 5 m/s2."""
-    front = world.ego_s_m + 4.05
+    front = world.ego_s_m + FRONT_M
     gaps = [60.0]
     for car in world.cars:
         gap = car.s_m - car.size[0] / 2 - front
@@ -211,9 +211,7 @@ def _stoppable_mps(world: World) -> float:
     return min(free, math.sqrt(2 * 5.0 * max(min(gaps) - 2.0, 0.0)))
 
 
-def _independent_past(
-    world: World, speed: float, accel: float
-) -> Float64[np.ndarray, '3 3']:
+def _independent_past(world: World, speed: float, accel: float) -> Float64[np.ndarray, '3 3']:
     """A past at nearly constant speed along the lane, ending at the present pose."""
     bend = world.corridor.curvature_at(world.ego_s_m)
     past = []
@@ -235,7 +233,7 @@ def facts(world: World) -> Float32[np.ndarray, '14']:
     at least 2 m; beyond sight nothing is there.
     """
     out = np.zeros(FACTS, dtype=np.float32)
-    front = world.ego_s_m + 4.05
+    front = world.ego_s_m + FRONT_M
     leads = [
         (c.s_m - c.size[0] / 2 - front, c.braking)
         for c in world.cars

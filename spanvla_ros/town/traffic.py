@@ -17,8 +17,22 @@ from jaxtyping import Float64
 
 from spanvla_ros.geometry import box_corners
 from spanvla_ros.town import bodies
-from spanvla_ros.town.elements import Box, Color, GroundPolygon, Patch, Tint
-from spanvla_ros.town.roads import LANE_WIDTH_M, Corridor, build_map, ego_lane, route_ids
+from spanvla_ros.town.elements import Box, GroundPolygon, Tint
+from spanvla_ros.town.lane_map import build_map, ego_lane, route_ids
+from spanvla_ros.town.mirror import flip_box, flip_ego, flip_scene
+from spanvla_ros.town.road_users import (
+    Car,
+    Pedestrian,
+    Signal,
+    Street,
+    along_path,
+    has_left,
+    move_car,
+    opposing_offset,
+    switch,
+    walk,
+)
+from spanvla_ros.town.roads import LANE_WIDTH_M, Corridor
 from spanvla_ros.types import (
     DriveCommand,
     EgoState,
@@ -28,110 +42,12 @@ from spanvla_ros.types import (
     SceneEgo,
     SceneLight,
     SceneMap,
-    SceneRoadblock,
     Vehicle,
 )
 
 SPEED_RESPONSE_S = 0.25
-IDM_ACCEL_MPS2 = 1.5
-IDM_DECEL_MPS2 = 2.5
-IDM_GAP_M = 2.5
-IDM_HEADWAY_S = 1.2
 OFFROAD_SUCCESS_M = 3.0
 GOAL_OFFSET_M = 2.0
-LEAVING_MPS = 6.0
-CLEAR_AFTER_LEAVING_M = 9.0
-
-
-@dataclass(frozen=True)
-class BrakeEvent:
-    """A script of a car: beyond `at_m`, the ego within `trigger_m` behind: slow, wait, go on.
-
-    With `at_m` minus infinity the car keeps to `to_mps` until the ego is near.
-    """
-
-    at_m: float
-    trigger_m: float
-    decel_mps2: float
-    to_mps: float
-    hold_s: float
-
-
-@dataclass
-class Car:
-    """A vehicle on the corridor at box centre `s_m`, offset `d_m`.
-
-    An oncoming one keeps to `opposing_lane` instead, counted from the divider.
-
-    Cars of the ego's lane and direction with `reacts` follow the intelligent driver model and
-    obey lights and pedestrians. `leaves_m`: from there it leaves by the arm of `leaves_by`.
-    """
-
-    name: str
-    s_m: float
-    d_m: float
-    speed_mps: float
-    desired_mps: float
-    size: tuple[float, float, float]
-    color: Color
-    opposing_lane: int | None = None
-    reacts: bool = False
-    parked: bool = False
-    events: tuple[BrakeEvent, ...] = ()
-    leaves_m: float = math.inf
-    leaves_by: tuple[tuple[float, float, float], ...] = ()
-    accel_mps2: float = 0.0
-    event_since_s: float | None = None
-
-    @property
-    def off_lane(self) -> bool:
-        """Whether it has left the ego's lane at a junction."""
-        return self.s_m > self.leaves_m + CLEAR_AFTER_LEAVING_M
-
-    @property
-    def ahead(self) -> bool:
-        """Whether it goes the ego's way."""
-        return self.opposing_lane is None
-
-    @property
-    def braking(self) -> bool:
-        """Whether the brake lamps are lit."""
-        return not self.parked and (self.accel_mps2 < -0.4 or self.speed_mps < 0.1)
-
-
-@dataclass
-class Pedestrian:
-    """A person at `s_m`, `d_m`; crosses to `to_m` once the ego is `trigger_s` or 10 m away."""
-
-    name: str
-    s_m: float
-    d_m: float
-    to_m: float
-    speed_mps: float
-    trigger_s: float
-    shirt: Color
-    trousers: Color
-    skin: Color
-    crosses: bool = True
-    walking: bool = False
-    gone: bool = False
-
-    @property
-    def left_going(self) -> bool:
-        """Whether it walks towards larger offsets."""
-        return self.to_m > self.d_m
-
-
-@dataclass
-class Signal:
-    """The light of one junction: red until `green_after_s` after the ego came within reach."""
-
-    junction: int
-    red: bool
-    green_after_s: float
-    trigger_m: float = 45.0
-    seen_s: float | None = None
-    switched_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +143,7 @@ class World:
     @property
     def ego(self) -> EgoState:
         """The ego in the world frame."""
-        return _flip_ego(self.state) if self.mirror else self.state
+        return flip_ego(self.state) if self.mirror else self.state
 
     @property
     def finished(self) -> bool:
@@ -275,7 +191,7 @@ class World:
             section = self.corridor.section_at(junction.start_m - 1.0)
             near = self.corridor.place(junction.start_m - 2.0, section.right_m - 0.7)
             found.extend(bodies.signal(near, red=light.red))
-        return tuple(_flip_box(box) for box in found) if self.mirror else tuple(found)
+        return tuple(flip_box(box) for box in found) if self.mirror else tuple(found)
 
     def outcome(self) -> Outcome:
         """The drive so far, judged."""
@@ -359,29 +275,31 @@ class World:
     def advance(self, dt_s: float) -> None:
         """Move everything but the ego."""
         self.time_s += dt_s
-        ego_s, ego_v = self.ego_s_m, self.state.speed_mps
+        street = Street(
+            self.corridor,
+            self.around.limits_mps,
+            tuple(self.cars),
+            tuple(self.pedestrians),
+            tuple(self.signals),
+            self.ego_s_m,
+            self.state.speed_mps,
+            self.time_s,
+        )
         for light in self.signals:
-            gap = self.corridor.junctions[light.junction].stop_m - ego_s
-            if light.seen_s is None and gap < light.trigger_m:
-                light.seen_s = self.time_s
-            waited = self.time_s - light.seen_s if light.seen_s is not None else 0.0
-            if light.red and waited >= light.green_after_s:
-                light.red = False
-                light.switched_s = self.time_s
+            switch(light, street)
         for walker in self.pedestrians:
-            _walk(walker, walker.s_m - ego_s, ego_v, dt_s)
+            walk(walker, street, dt_s)
         for car in self.cars:
             if not car.parked:
-                _move_car(car, self, dt_s)
-        self.cars = [
-            c for c in self.cars if -30.0 < c.s_m < self.corridor.length_m + 30.0 and not _left(c)
-        ]
+                move_car(car, street, dt_s)
+        end_m = self.corridor.length_m + 30.0
+        self.cars = [c for c in self.cars if -30.0 < c.s_m < end_m and not has_left(c)]
 
     def car_pose(self, car: Car) -> tuple[float, float, float]:
         """A car's centre pose, unmirrored."""
         past = car.s_m - car.leaves_m
         if past > 0 and car.leaves_by:
-            return _along(car.leaves_by, past)
+            return along_path(car.leaves_by, past)
         x, y, yaw = self.corridor.place(car.s_m, self.car_offset(car))
         return x, y, yaw if car.ahead else yaw + math.pi
 
@@ -389,7 +307,7 @@ class World:
         """A car's offset now; oncoming cars keep to their side where the road changes width."""
         if car.opposing_lane is None:
             return car.d_m
-        return _opposing_offset(self.corridor, car.s_m, car.opposing_lane)
+        return opposing_offset(self.corridor, car.s_m, car.opposing_lane)
 
     def pedestrian_pose(self, walker: Pedestrian) -> tuple[float, float, float]:
         """A pedestrian's pose facing its goal, unmirrored."""
@@ -414,9 +332,7 @@ class World:
         for x, y in self._ego_box().tolist():
             s, d = corridor.locate(x, y, self.ego_s_m)
             section = corridor.section_at(s)
-            near_junction = any(
-                j.start_m - 3.0 <= s <= j.end_m + 3.0 for j in corridor.junctions
-            )
+            near_junction = any(j.start_m - 3.0 <= s <= j.end_m + 3.0 for j in corridor.junctions)
             high = section.left_m if near_junction else section.divider_m + LANE_WIDTH_M / 2
             if section.right_m <= d <= high and not any(
                 j.start_m < s < j.end_m for j in corridor.junctions
@@ -436,17 +352,15 @@ class World:
             mine = self._ego_box() if mine is None else mine
             if boxes_overlap(mine, box_corners(np.array(pose), length, width)):
                 self.tally.collided_with = name
-                ahead = (pose[0] - e.x_m) * math.cos(e.yaw_rad) + (
-                    pose[1] - e.y_m
-                ) * math.sin(e.yaw_rad)
+                ahead = (pose[0] - e.x_m) * math.cos(e.yaw_rad) + (pose[1] - e.y_m) * math.sin(
+                    e.yaw_rad
+                )
                 self.tally.at_fault = e.speed_mps > 0.1 and ahead > 0.0
                 return
 
     def bodies(self) -> list[tuple[str, tuple[float, float, float], float, float, float]]:
         """Name, centre pose, length, width and speed of every road user, unmirrored."""
-        found = [
-            (c.name, self.car_pose(c), c.size[0], c.size[1], c.speed_mps) for c in self.cars
-        ]
+        found = [(c.name, self.car_pose(c), c.size[0], c.size[1], c.speed_mps) for c in self.cars]
         found += [
             (p.name, self.pedestrian_pose(p), 0.6, 0.6, p.speed_mps if p.walking else 0.0)
             for p in self.pedestrians
@@ -499,8 +413,6 @@ class World:
         return flip_scene(scene) if self.mirror else scene
 
 
-
-
 def boxes_overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two rectangles given by their corners overlap (separating axes)."""
     for corners in (a, b):
@@ -540,209 +452,8 @@ def _drive(
     )
 
 
-def idm(speed: float, desired: float, gap: float, closing: float) -> float:
-    """Acceleration of the intelligent driver model (Treiber 2000) behind something at `gap`."""
-    wish = IDM_GAP_M + max(
-        0.0,
-        speed * IDM_HEADWAY_S
-        + speed * closing / (2 * math.sqrt(IDM_ACCEL_MPS2 * IDM_DECEL_MPS2)),
-    )
-    free = 1.0 - (speed / max(desired, 0.1)) ** 4
-    return IDM_ACCEL_MPS2 * (max(free, -2.0) - (wish / max(gap, 0.2)) ** 2)
-
-
-def _walk(walker: Pedestrian, ahead_m: float, ego_mps: float, dt_s: float) -> None:
-    if not walker.crosses or walker.gone:
-        return
-    if not walker.walking:
-        walker.walking = 0.0 < ahead_m < max(10.0, ego_mps * walker.trigger_s)
-        return
-    move = walker.speed_mps * dt_s
-    left = walker.to_m - walker.d_m
-    if abs(left) <= move:
-        # It stays turned the way it walked; `to_m` a hair beyond keeps its heading.
-        walker.walking, walker.gone = False, True
-        return
-    walker.d_m += math.copysign(move, left)
-
-
-def _move_car(car: Car, world: World, dt_s: float) -> None:
-    desired = car.desired_mps
-    forced = math.inf
-    if car.events:
-        desired, forced = _script(car, world)
-    if car.ahead:
-        place = min(max(int(car.s_m * 2), 0), len(world.around.limits_mps) - 1)
-        desired = min(desired, world.around.limits_mps[place] + 1.0)
-        if car.leaves_by and car.s_m > car.leaves_m - 15.0:
-            desired = min(desired, LEAVING_MPS)
-    accel = min(max((desired - car.speed_mps) / 0.6, -2.5), 1.5)
-    if car.reacts and car.s_m < car.leaves_m + CLEAR_AFTER_LEAVING_M:
-        for gap, speed in _obstacles(car, world):
-            accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
-    if not car.ahead:
-        gap, speed = _oncoming_obstacle(car, world)
-        accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
-    accel = max(min(accel, forced), -6.0)
-    speed = max(0.0, car.speed_mps + accel * dt_s)
-    car.accel_mps2 = (speed - car.speed_mps) / dt_s
-    move = 0.5 * (speed + car.speed_mps) * dt_s
-    car.s_m += move if car.ahead else -move
-    car.speed_mps = speed
-
-
-def _script(car: Car, world: World) -> tuple[float, float]:
-    """Desired speed and upper bound of acceleration from the car's next brake event."""
-    event = car.events[0]
-    gap = car.s_m - car.size[0] / 2 - world.ego_s_m - 4.05
-    if car.event_since_s is None:
-        if gap > event.trigger_m and event.at_m == -math.inf:
-            return event.to_mps, math.inf
-        if gap > event.trigger_m or car.s_m < event.at_m:
-            return car.desired_mps, math.inf
-        car.event_since_s = world.time_s
-    if car.speed_mps > event.to_mps + 0.05:
-        car.event_since_s = world.time_s
-        return event.to_mps, -event.decel_mps2
-    if world.time_s - car.event_since_s > event.hold_s:
-        car.events = car.events[1:]
-        car.event_since_s = None
-        return car.desired_mps, math.inf
-    return event.to_mps, 0.0
-
-
-def _obstacles(car: Car, world: World) -> list[tuple[float, float]]:
-    front = car.s_m + car.size[0] / 2
-    found = []
-    for other in world.cars:
-        if other.ahead and other.reacts and other.s_m > car.s_m and not other.off_lane:
-            found.append((other.s_m - other.size[0] / 2 - front, other.speed_mps))
-    for light in world.signals:
-        gap = world.corridor.junctions[light.junction].stop_m - front
-        if light.red and gap > 0 and car.speed_mps**2 / (2 * max(gap, 0.1)) < 5.0:
-            found.append((gap + 1.5, 0.0))
-    for walker in world.pedestrians:
-        gap = walker.s_m - 1.0 - front
-        if on_road(walker, world) and gap > 0:
-            found.append((gap, 0.0))
-    return found
-
-
-def _oncoming_obstacle(car: Car, world: World) -> tuple[float, float]:
-    """Oncoming cars wait for people in front of them and keep apart."""
-    best = (1e3, 0.0)
-    front = car.s_m - car.size[0] / 2
-    for walker in world.pedestrians:
-        gap = front - walker.s_m - 1.0
-        # Beyond the far kerb a person is no concern of theirs.
-        if 0 < gap < best[0] and on_road(walker, world):
-            best = (gap, 0.0)
-    for other in world.cars:
-        if other is not car and other.opposing_lane == car.opposing_lane:
-            gap = front - other.s_m - other.size[0] / 2
-            if 0 < gap < best[0]:
-                best = (gap, other.speed_mps)
-    return best
-
-
-def on_road(walker: Pedestrian, world: World) -> bool:
-    """Whether a person stands or walks on the road's surface."""
-    section = world.corridor.section_at(walker.s_m)
-    return section.right_m < walker.d_m < section.left_m
-
-
-def _opposing_offset(corridor: Corridor, s_m: float, lane: int) -> float:
-    """Offset of opposing lane number `lane` (0 next to the divider), blended at junctions."""
-    found = None
-    for index, stretch in enumerate(corridor.stretches):
-        offset = stretch.section.divider_m + (lane + 0.5) * LANE_WIDTH_M
-        if s_m < stretch.start_m and found is not None:
-            gap_start = corridor.stretches[index - 1].end_m
-            part = (s_m - gap_start) / (stretch.start_m - gap_start)
-            return found + (offset - found) * min(max(part, 0.0), 1.0)
-        found = offset
-        if s_m <= stretch.end_m:
-            break
-    return found if found is not None else LANE_WIDTH_M
-
-
-def _along(
-    path: tuple[tuple[float, float, float], ...], distance_m: float
-) -> tuple[float, float, float]:
-    """Pose on a path of 1 m spacing; beyond its end straight on."""
-    index = min(int(distance_m), len(path) - 1)
-    x, y, yaw = path[index]
-    past = distance_m - index
-    if index + 1 < len(path):
-        nx, ny, nyaw = path[index + 1]
-        return x + past * (nx - x), y + past * (ny - y), yaw + past * (nyaw - yaw)
-    return x + past * math.cos(yaw), y + past * math.sin(yaw), yaw
-
-
-def _left(car: Car) -> bool:
-    return car.s_m - car.leaves_m > len(car.leaves_by) + 5.0
-
-
 def _inside(area: np.ndarray, x: float, y: float) -> bool:
     """Whether a point lies in a convex polygon, whichever way it turns."""
     step = np.roll(area, -1, axis=0) - area
     cross = step[:, 0] * (y - area[:, 1]) - step[:, 1] * (x - area[:, 0])
     return bool((cross >= 0).all() or (cross <= 0).all())
-
-
-def _flip_ego(ego: EgoState) -> EgoState:
-    return replace(
-        ego,
-        y_m=-ego.y_m,
-        yaw_rad=-ego.yaw_rad,
-        yaw_rate_radps=-ego.yaw_rate_radps,
-        steering_rad=-ego.steering_rad,
-    )
-
-
-def _flip_box(box: Box) -> Box:
-    return replace(
-        box,
-        y_m=-box.y_m,
-        yaw_rad=-box.yaw_rad,
-        patches=tuple(_flip_patch(patch) for patch in box.patches),
-    )
-
-
-def _flip_patch(patch: Patch) -> Patch:
-    other = {'left': 'right', 'right': 'left'}.get(patch.face)
-    if other:
-        return replace(patch, face=other)
-    return replace(patch, left_m=-patch.left_m, right_m=-patch.right_m)
-
-
-def flip_scene(scene: Scene) -> Scene:
-    """A scene in a mirror: y, yaw and all that turns change sign."""
-    flip = np.array([1.0, -1.0])
-
-    def block(b: SceneRoadblock) -> SceneRoadblock:
-        lanes = tuple(
-            replace(x, centerline=x.centerline * flip, polygon=x.polygon * flip) for x in b.lanes
-        )
-        return replace(b, polygon=b.polygon * flip, lanes=lanes)
-
-    def ego(e: SceneEgo) -> SceneEgo:
-        return replace(
-            e, y_m=-e.y_m, yaw_rad=-e.yaw_rad, vy_mps=-e.vy_mps, ay_mps2=-e.ay_mps2,
-            steering_rad=-e.steering_rad, yaw_rate_radps=-e.yaw_rate_radps,
-        )  # fmt: skip
-
-    return replace(
-        scene,
-        ego=ego(scene.ego),
-        ego_history=tuple(ego(e) for e in scene.ego_history),
-        map=replace(
-            scene.map,
-            roadblocks=tuple(block(b) for b in scene.map.roadblocks),
-            intersections=tuple(p * flip for p in scene.map.intersections),
-        ),
-        agents=tuple(
-            replace(a, states=a.states * [1.0, -1.0, -1.0, 1.0, -1.0]) for a in scene.agents
-        ),
-        human=None if scene.human is None else scene.human * [1.0, -1.0, -1.0],
-    )
