@@ -245,14 +245,14 @@ class Backbone(nn.Module):
         x = functional.linear(patches.index_select(1, self.window_order), kernel).float()
         for index, block in enumerate(tower.blocks):
             y = _rms_norm(x, block.norm1.weight, 1e-6)
-            x = x + self._look(block.attn, y, index in tower.fullatt_block_indexes)
+            x = x + self._look(block.attn, y, everywhere=index in tower.fullatt_block_indexes)
             y = _rms_norm(x, block.norm2.weight, 1e-6)
             x = x + _feed_forward(block.mlp, y)
         y = _rms_norm(x, tower.merger.ln_q.weight, 1e-6)
         y = tower.merger.mlp(y.reshape(count, self.image_tokens, -1))
         return y.index_select(1, self.picture_order)
 
-    def _look(self, attention: nn.Module, y: Tensor, everywhere: bool) -> Tensor:
+    def _look(self, attention: nn.Module, y: Tensor, *, everywhere: bool) -> Tensor:
         count, length, width = y.shape
         heads = attention.num_heads
         qkv = attention.qkv(y).view(count, length, 3 * heads, width // heads)

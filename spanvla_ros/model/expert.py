@@ -99,7 +99,7 @@ class ActionExpert(nn.Module):
             values: bridged values, the same shape.
             valid: `[B, S]`, 0 where a slot must not be attended to.
         """
-        batch, draws, points, _ = x.shape
+        draws = x.shape[1]
         condition = self.time_in(time) + self.ego_in(ego)[:, None]
         h = self.point_in(x) + self.point + condition[:, :, None]
         bias = self._bias(valid, draws)

@@ -140,6 +140,7 @@ def save_policy(
     policy: Policy,
     model_dir: str | Path,
     training: Mapping[str, Any],
+    *,
     shipped: bool = False,
     scores: Mapping[str, Any] | None = None,
 ) -> str:

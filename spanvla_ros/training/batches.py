@@ -89,7 +89,9 @@ def make_batch(
         valid=torch.from_numpy(np.stack([valid for _, valid in encoded]).astype(np.float32)),
         ego=torch.from_numpy(np.stack([ego_features(seen) for seen in observations])),
         target=torch.from_numpy(
-            np.stack([_target(row, seen, policy) for row, seen in zip(rows, observations)])
+            np.stack(
+                [_target(row, seen, policy) for row, seen in zip(rows, observations, strict=True)]
+            )
         ),
         answer=torch.from_numpy(answer),
         reasoning_weight=torch.from_numpy(text_weight),

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if options.stage == 'action-expert' and init is None:
         raise SpanvlaError('train action-expert: needs a trained backbone; add --init DIR')
     out.mkdir(parents=True, exist_ok=True)
-    arguments = (options.stage, settings, out, init, options.resume)
+    resume = out / STATE_DIR if options.resume else None
+    arguments = (options.stage, settings, out, init, resume)
     run_group(train, settings.processes, settings.threads, arguments)
     return 0

@@ -1,0 +1,389 @@
+"""`spanvla export`: the five ONNX graphs of a model, and the proof that they match it.
+
+All shapes are static. Weights are rounded to fp16 once; safetensors and graphs then hold the same
+numbers, the graphs as fp16 initialisers with a cast that the engine folds when it loads, in one
+data file that all graphs share. Tables that fp16 cannot hold exactly (rotary angles) stay fp32.
+Computation is fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from spanvla_ros.model.checkpoint import (
+    GRAPHS,
+    GRAPHS_DIR,
+    ModelDirectory,
+    load_model_dir,
+    write_manifest,
+    write_tensors,
+)
+from spanvla_ros.model.flow import euler, time_features
+from spanvla_ros.model.policy import Policy, load_policy, save_policy, swap_directory
+from spanvla_ros.model.prompt import PromptLayout
+from spanvla_ros.runtime.backend import Backend
+from spanvla_ros.runtime.graphs import graph_modules
+from spanvla_ros.runtime.onnx_ import INPUTS, OUTPUTS, OnnxBackend
+from spanvla_ros.runtime.torch_ import TorchBackend
+from spanvla_ros.types import SpanvlaError
+
+OPSET = 20
+DATA_FILE = 'weights.data'
+GOLDEN_FILE = 'golden_inputs/golden.safetensors'
+GOLDEN_CASES = 4
+EXTERNAL_BYTES = 1024
+ALIGNMENT = 64
+DATA_DEPENDENT = ('NonZero', 'Unique', 'Loop', 'If', 'Scan', 'Compress', 'SequenceAt')
+MAX_STATE_ERROR = 1e-3
+PRECISIONS = ('fp16', 'fp32')
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference between ONNX Runtime and torch of one graph on the golden inputs."""
+
+    graph: str
+    nodes: int
+    absolute: float
+    relative: float
+    onnx_ms: float
+    torch_ms: float
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `spanvla export`."""
+    parser.add_argument('--model', required=True, type=Path, help='model directory')
+    parser.add_argument(
+        '--out', type=Path, help='write the exported model here instead of back into --model'
+    )
+    parser.add_argument(
+        '--precision', choices=PRECISIONS, default='fp16', help='how weights are stored'
+    )
+    parser.add_argument('--target', choices=('onnxruntime',), default='onnxruntime')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export, verify, and print the parity of every graph."""
+    out: Path = options.out or options.model
+    report = export_model(options.model, out, options.precision)
+    size = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
+    lines = [
+        f'{p.graph:<15}{p.nodes:4d} nodes  max error {p.absolute:.1e} (relative {p.relative:.1e})'
+        f'  onnxruntime {p.onnx_ms:6.2f} ms  torch {p.torch_ms:6.2f} ms'
+        for p in report
+    ]
+    sys.stdout.write('\n'.join([*lines, f'{out}: {size / 1e6:.1f} MB in all']) + '\n')
+    return 0
+
+
+def export_model(model_dir: Path, out: Path, precision: str = 'fp16') -> list[Parity]:
+    """Write a model with graphs and golden inputs to `out`, whole or not at all.
+
+    Raises:
+        SpanvlaError: the model is not verified or trained, a graph breaks the static rules, or
+            the two engines disagree.
+    """
+    directory = load_model_dir(model_dir)
+    policy = load_policy(model_dir)
+    if policy.normalization is None:
+        raise SpanvlaError(f'{model_dir}: has no normalization.json; train it first')
+    building = out.with_name(f'.{out.name}.{os.getpid()}.export')
+    try:
+        notes = directory.training
+        save_policy(policy, building, notes, shipped=precision == 'fp16', scores=directory.scores)
+        policy = load_policy(building)
+        counts = _write_graphs(policy, building / GRAPHS_DIR)
+        golden = golden_inputs(policy.layout)
+        _write_golden(policy, golden, building)
+        write_manifest(building)
+        report = compare(policy, load_model_dir(building), golden, counts)
+        if (model_dir / 'engines').is_dir() and out.resolve() == model_dir.resolve():
+            shutil.copytree(model_dir / 'engines', building / 'engines')
+        swap_directory(building, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return report
+
+
+def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
+    folder.mkdir(parents=True)
+    examples = example_inputs(policy)
+    data = _SharedData()
+    counts: dict[str, int] = {}
+    for name, module in graph_modules(policy).items():
+        model = trace(module, name, examples[name])
+        check_static(model, name)
+        for parameter in model.graph.initializer:
+            data.move(model.graph, parameter)
+        counts[name] = len(model.graph.node)
+        (folder / f'{name}.onnx').write_bytes(data.finish(model))
+    (folder / DATA_FILE).write_bytes(data.content)
+    for name in GRAPHS:
+        onnx.checker.check_model(str(folder / f'{name}.onnx'))
+    return counts
+
+
+def trace(module: nn.Module, name: str, examples: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    """One graph as an ONNX model with its weights inside."""
+    logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        program = torch.onnx.export(
+            module,
+            examples,
+            input_names=list(INPUTS[name]),
+            output_names=list(OUTPUTS[name]),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    # Traces name source files of the machine; a shipped graph has no use for them.
+    for node in model.graph.node:
+        node.ClearField('doc_string')
+        del node.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    return model
+
+
+def check_static(model: onnx.ModelProto, name: str) -> None:
+    """Refuse a data-dependent operator or a dimension without a number."""
+    for node in model.graph.node:
+        if node.op_type in DATA_DEPENDENT:
+            raise SpanvlaError(f'export: graph {name} holds {node.op_type}; it must be static')
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    graph = inferred.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if not dimension.HasField('dim_value'):
+                raise SpanvlaError(
+                    f'export: tensor {value.name} of graph {name} has a size that is not fixed'
+                )
+
+
+class _SharedData:
+    """One data file for all graphs: equal tensors are stored once."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._places: dict[str, tuple[int, int]] = {}
+        self._casts: list[onnx.NodeProto] = []
+
+    @property
+    def content(self) -> bytes:
+        """The data file."""
+        return bytes(self._buffer)
+
+    def move(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+        """Put a large tensor into the data file, as fp16 where that loses nothing."""
+        array = numpy_helper.to_array(tensor)
+        if array.nbytes < EXTERNAL_BYTES:
+            return
+        name = tensor.name
+        if array.dtype == np.float32:
+            with np.errstate(over='ignore'):
+                half = array.astype(np.float16)
+            if np.array_equal(half.astype(np.float32), array):
+                array = half
+                self._casts.append(
+                    helper.make_node('Cast', [f'{name}_half'], [name], to=TensorProto.FLOAT)
+                )
+                name = f'{name}_half'
+        offset, length = self._store(array)
+        tensor.Clear()
+        tensor.name = name
+        tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor.dims.extend(array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (('location', DATA_FILE), ('offset', offset), ('length', length)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+
+    def finish(self, model: onnx.ModelProto) -> bytes:
+        """The graph's own file, casts put before all other nodes."""
+        nodes = [*self._casts, *model.graph.node]
+        self._casts = []
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        return model.SerializeToString(deterministic=True)
+
+    def _store(self, array: np.ndarray) -> tuple[int, int]:
+        content = np.ascontiguousarray(array).tobytes()
+        key = f'{array.dtype.str} {hashlib.sha256(content).hexdigest()}'
+        if key not in self._places:
+            self._buffer += bytes(-len(self._buffer) % ALIGNMENT)
+            self._places[key] = (len(self._buffer), len(content))
+            self._buffer += content
+        return self._places[key]
+
+
+def example_inputs(policy: Policy) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Zero inputs of the right shapes for every graph."""
+    config, backbone = policy.config, policy.backbone
+    prompt, whole = config.prompt_tokens, config.sequence_tokens
+    tokens = len(policy.layout.image_positions)
+    one, size = backbone.kv_heads, backbone.head_size
+
+    def cache(layers: int) -> torch.Tensor:
+        return torch.zeros(layers, 1, one, whole, size)
+
+    ids = torch.zeros(1, prompt, dtype=torch.int64)
+    prefill = (ids, torch.zeros(tokens, backbone.hidden), torch.ones(1, prompt))
+    bridged, layers = len(backbone.bridged), backbone.layers
+    valid = torch.ones(1, whole)
+    return {
+        'vision': (torch.zeros(1, 3, config.height_px, config.width_px),),
+        'prefill_action': prefill,
+        'prefill_reason': prefill,
+        'decode': (
+            torch.zeros(1, 1, dtype=torch.int64),
+            torch.full((1,), prompt, dtype=torch.int64),
+            cache(layers),
+            cache(layers),
+            valid,
+        ),
+        'step': (
+            torch.zeros(1, config.waypoints, 3),
+            torch.zeros(1, policy.expert.time_in[0].in_features),
+            torch.zeros(1, policy.expert.ego_in.in_features),
+            cache(bridged),
+            cache(bridged),
+            valid,
+        ),
+    }
+
+
+def golden_inputs(layout: PromptLayout, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs of a few plans, drawn from a seed: smooth pictures, prompts with words and gaps."""
+    config = layout.config
+    rng = np.random.default_rng(seed)
+    pictures = len(config.cameras) * config.frames_per_camera
+    shape = (GOLDEN_CASES, pictures, config.height_px, config.width_px, 3)
+    coarse = rng.random((GOLDEN_CASES, pictures, 7, 14, 3))
+    rows = np.arange(shape[2]) * 7 // shape[2]
+    columns = np.arange(shape[3]) * 14 // shape[3]
+    images = coarse[:, :, rows][:, :, :, columns] + 0.1 * rng.random(shape)
+    ids = rng.integers(0, layout.tokenizer.get_vocab_size(), (GOLDEN_CASES, config.prompt_tokens))
+    ids[:, layout.image_positions] = 0
+    valid = np.ones((GOLDEN_CASES, config.prompt_tokens), np.float32)
+    # One case with an empty reasoning slot, one with a camera missing.
+    valid[1, layout.slot] = 0.0
+    valid[2, layout.image_positions[: config.image_tokens]] = 0.0
+    return {
+        'images': (images * (255.0 / 1.1)).astype(np.uint8),
+        'ids': ids.astype(np.int64),
+        'valid': valid,
+        'ego': rng.standard_normal((GOLDEN_CASES, 20)).astype(np.float32),
+        'answer': rng.integers(0, 100, (GOLDEN_CASES,)).astype(np.int64),
+    }
+
+
+def _write_golden(policy: Policy, golden: Mapping[str, np.ndarray], folder: Path) -> None:
+    path = folder / GOLDEN_FILE
+    path.parent.mkdir(parents=True)
+    backend = TorchBackend(policy)
+    states = [replay_case(backend, golden, case)['state'] for case in range(GOLDEN_CASES)]
+    write_tensors(path, {**golden, 'state': np.concatenate(states)})
+    path.chmod(0o644)
+
+
+def replay_case(
+    backend: Backend, golden: Mapping[str, np.ndarray], case: int
+) -> dict[str, np.ndarray]:
+    """All five functions of a backend on one golden case; `state` is the end of the flow."""
+    config = backend.config
+    pixels = golden['images'][case].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255.0)
+    embeds = np.concatenate([backend.vision(picture[None]) for picture in pixels])
+    ids, valid = golden['ids'][case : case + 1], golden['valid'][case : case + 1]
+    keys, values = backend.prefill_action(ids, embeds, valid)
+    all_keys, all_values, logits = backend.prefill_reason(ids, embeds, valid)
+    answer_room = ((0, 0), (0, 0), (0, 0), (0, config.answer_tokens), (0, 0))
+    seen = np.pad(valid, ((0, 0), (0, config.answer_tokens)))
+    token = golden['answer'][case].reshape(1, 1)
+    position = np.array([config.prompt_tokens], dtype=np.int64)
+    decoded = backend.decode(
+        token, position, np.pad(all_keys, answer_room), np.pad(all_values, answer_room), seen
+    )
+    keys_all, values_all = np.pad(keys, answer_room), np.pad(values, answer_room)
+    ego = golden['ego'][case : case + 1]
+
+    def velocity(x: np.ndarray, when: float) -> np.ndarray:
+        return backend.step(x, time_features(when)[None], ego, keys_all, values_all, seen)
+
+    start = np.zeros((1, config.waypoints, 3), np.float32)
+    return {
+        'vision': embeds,
+        'prefill_action': np.stack([keys, values]),
+        'prefill_reason': np.concatenate([all_keys.ravel(), all_values.ravel(), logits.ravel()]),
+        'decode': np.concatenate([array.ravel() for array in decoded]),
+        'step': velocity(start, 0.0),
+        'state': euler(velocity, start, config.steps),
+    }
+
+
+def compare(
+    policy: Policy,
+    directory: ModelDirectory,
+    golden: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+) -> list[Parity]:
+    """Both engines on the golden inputs; too large a difference raises `SpanvlaError`."""
+    engines = (OnnxBackend(directory), TorchBackend(policy))
+    found = [
+        [replay_case(engine, golden, case) for case in range(GOLDEN_CASES)] for engine in engines
+    ]
+    report = []
+    for name in (*GRAPHS, 'state'):
+        ours = np.stack([case[name] for case in found[0]]).astype(np.float64)
+        theirs = np.stack([case[name] for case in found[1]]).astype(np.float64)
+        absolute = float(np.abs(ours - theirs).max())
+        if name == 'state':
+            if not absolute <= MAX_STATE_ERROR:
+                raise SpanvlaError(
+                    f'export: ONNX Runtime and torch differ by {absolute:.1e} in the normalised '
+                    f'trajectory, allowed are {MAX_STATE_ERROR:g}; the graphs are not written'
+                )
+            continue
+        relative = float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-12))
+        times = [_time_ms(engine, policy, name) for engine in engines]
+        report.append(Parity(name, counts[name], absolute, relative, *times))
+    return report
+
+
+def _time_ms(backend: Any, policy: Policy, name: str, repeats: int = 9) -> float:
+    arrays = [tensor.numpy() for tensor in example_inputs(policy)[name]]
+    function = getattr(backend, name)
+    function(*arrays)
+    spent = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function(*arrays)
+        spent.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(spent))
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    """How often each operator stands in a graph."""
+    return Counter(node.op_type for node in model.graph.node)
