@@ -32,7 +32,7 @@ Points = Float64[np.ndarray, 'n 2']
 
 @dataclass(frozen=True)
 class Path:
-    """A polyline with directions: `yaw_rad` leads to the next point, the last one repeats."""
+    """A polyline with the direction of travel at each point, by central differences."""
 
     points: Points
     yaw_rad: Float64[np.ndarray, 'n']
@@ -44,9 +44,8 @@ class Path:
         pieces = max(1, round(curve.length / POINT_STEP_M))
         at = np.linspace(0.0, curve.length, pieces + 1)
         points = shapely.get_coordinates(shapely.line_interpolate_point(curve, at))
-        step = np.diff(points, axis=0)
-        yaw = np.arctan2(step[:, 1], step[:, 0])
-        return Path(points, np.append(yaw, yaw[-1]))
+        step = np.gradient(points, axis=0)
+        return Path(points, np.arctan2(step[:, 1], step[:, 0]))
 
     @staticmethod
     def joined(paths: Sequence[Path]) -> Path:
