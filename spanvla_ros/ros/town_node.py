@@ -7,13 +7,16 @@ a slow picture is lost, it never delays the car.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import queue
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,14 +35,18 @@ from spanvla_ros.ros.process import run_node
 from spanvla_ros.scoring.scene import scene_to_json
 from spanvla_ros.town.camera import Renderer, camera_matrix
 from spanvla_ros.town.driver import ReferenceDriver
-from spanvla_ros.town.elements import Box, Tint
+from spanvla_ros.town.elements import Box, GroundPolygon, Tint
 from spanvla_ros.town.scenarios import make_world, ranges_sha256
 from spanvla_ros.town.traffic import World
-from spanvla_ros.types import DriveCommand, EgoState, Observation, SceneMap, Vehicle
+from spanvla_ros.types import DriveCommand, EgoState, Observation, Scene, SceneMap, Vehicle
 
 ODOMETRY_HZ = 50.0
 SCENE_PERIOD_S = 0.1
 MAP_PERIOD_S = 1.0
+STATUS_PERIOD_S = 0.5
+# What is farther away lies within a row of the horizon.
+SIGHT_M = 250.0
+SIGHT_STEP_M = 20.0
 MOVING_MPS = 0.05
 # A step that comes later than this is a stalled machine: the clock slips instead of racing.
 MAX_LAG_S = 0.25
@@ -56,11 +63,20 @@ class Exposure:
     world: World | None = None
 
 
+@dataclass(frozen=True)
+class Truth:
+    """One moment for `town/scene`."""
+
+    scene: Scene
+    town: dict[str, Any]
+    with_map: bool
+
+
 class TownNode(Node):
     """Real-time town, node name `town`."""
 
     def __init__(self) -> None:
-        """Make the world and start its two threads."""
+        """Make the world and start its threads."""
         super().__init__('town')
         self.settings = settings = declare(self, TownSettings)
         vehicle = Vehicle.load(settings.vehicle_file) if settings.vehicle_file else Vehicle()
@@ -77,12 +93,15 @@ class TownNode(Node):
         self._undrawn = 0
         self._meter = StageMeter()
         self._exposures: queue.Queue[Exposure] = queue.Queue(maxsize=1)
+        self._truths: queue.Queue[Truth] = queue.Queue(maxsize=4)
+        self._ranges_sha256 = ranges_sha256()
         self._make_topics()
         self._steps_per_exposure = math.ceil(ODOMETRY_HZ / settings.camera_hz)
         self.step_s = 1.0 / (settings.camera_hz * self._steps_per_exposure)
         self._threads = [
             threading.Thread(target=self._run_physics, name='physics', daemon=True),
             threading.Thread(target=self._run_camera, name='camera', daemon=True),
+            threading.Thread(target=self._run_truth, name='truth', daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -133,13 +152,11 @@ class TownNode(Node):
     # Physics thread.
 
     def _run_physics(self) -> None:
-        route_message = self._route_message()
-        self._route.publish(route_message)
+        self._route.publish(self._route_message())
         start_ns = self.get_clock().now().nanoseconds
         start_s = time.monotonic()
-        step, ego_stamp_ns = 0, start_ns
-        scene_s = map_s = status_s = -math.inf
-        while not self._stop.is_set():
+        finished = False
+        for step in itertools.count():
             elapsed_s = step * self.step_s
             wait_s = start_s + elapsed_s - time.monotonic()
             if wait_s > 0:
@@ -148,23 +165,23 @@ class TownNode(Node):
                 self._late_steps += 1
                 start_s -= wait_s
                 start_ns -= round(wait_s * 1e9)
-            ego_stamp_ns = start_ns + round(elapsed_s * 1e9)
-            if step and self._moving and not self.world.finished:
+            if self._stop.is_set():
+                return
+            if step and self._moving:
                 self.world.step(self._drive_command(), self.step_s)
-            self._odometry.publish(self._odometry_message(self.world.ego, ego_stamp_ns))
+            stamp_ns = start_ns + round(elapsed_s * 1e9)
+            self._odometry.publish(self._odometry_message(self.world.ego, stamp_ns))
             if step % self._steps_per_exposure == 0:
-                self._expose(ego_stamp_ns)
-            if elapsed_s - scene_s >= SCENE_PERIOD_S - 0.5 * self.step_s:
-                with_map = elapsed_s - map_s >= MAP_PERIOD_S - 0.5 * self.step_s
-                self._publish_scene(ego_stamp_ns, with_map=with_map)
-                scene_s, map_s = elapsed_s, elapsed_s if with_map else map_s
-            if elapsed_s - status_s >= 0.5 or self.world.finished:
+                self._expose(stamp_ns)
+            if self._due(step, SCENE_PERIOD_S):
+                self._offer_truth(stamp_ns, with_map=self._due(step, MAP_PERIOD_S))
+            if self._due(step, STATUS_PERIOD_S) or self.world.finished != finished:
+                finished = self.world.finished
                 self._publish_status()
-                status_s = elapsed_s
-            if self.world.finished:
-                self._publish_scene(ego_stamp_ns, with_map=True)
-                self._stop.wait(0.5)
-            step += 1
+
+    def _due(self, step: int, period_s: float) -> bool:
+        """Whether a period begins with this step."""
+        return step % max(1, round(period_s / self.step_s)) == 0
 
     def _drive_command(self) -> DriveCommand:
         limit = self.vehicle
@@ -186,8 +203,13 @@ class TownNode(Node):
 
     def _expose(self, stamp_ns: int) -> None:
         ego = self.world.ego
+        boxes = tuple(
+            box
+            for box in self.world.boxes()
+            if math.hypot(box.x_m - ego.x_m, box.y_m - ego.y_m) < SIGHT_M
+        )
         twin = self.world.clone() if self.settings.reference_plans else None
-        exposure = Exposure(stamp_ns, ego.pose, self.world.boxes(), self.world.tint, twin)
+        exposure = Exposure(stamp_ns, ego.pose, boxes, self.world.tint, twin)
         try:
             self._exposures.put_nowait(exposure)
         except queue.Full:
@@ -219,19 +241,15 @@ class TownNode(Node):
             message.poses.append(pose)
         return message
 
-    def _publish_scene(self, stamp_ns: int, *, with_map: bool) -> None:
+    def _offer_truth(self, stamp_ns: int, *, with_map: bool) -> None:
         outcome = self.world.outcome()
-        scene = self.world.scene()
-        content = scene_to_json(scene if with_map else replace(scene, map=SceneMap(())))
-        if not with_map:
-            content['map'] = None
-        content['town'] = {
+        town = {
             'stamp_ns': stamp_ns,
             'time_s': self.world.time_s,
             'moving': self._moving,
             'scenario': self.settings.scenario,
             'seed': self.settings.seed,
-            'scenario_ranges_sha256': ranges_sha256(),
+            'scenario_ranges_sha256': self._ranges_sha256,
             'collided': bool(outcome.collided),
             'offroad_m': float(outcome.offroad_m),
             'red_lights_run': int(outcome.red_lights_run),
@@ -239,7 +257,8 @@ class TownNode(Node):
             'distance_m': float(outcome.distance_m),
             'finished': bool(self.world.finished),
         }
-        self._scene.publish(String(data=json.dumps(content, allow_nan=False)))
+        with suppress(queue.Full):
+            self._truths.put_nowait(Truth(self.world.scene(), town, with_map))
 
     def _publish_status(self) -> None:
         ego = self.world.ego
@@ -253,18 +272,41 @@ class TownNode(Node):
         self._status.publish(String(data=json.dumps(content)))
         self._navigation.publish(String(data=self.world.command()))
 
+    # Truth thread.
+
+    def _run_truth(self) -> None:
+        map_text = ''
+        while not self._stop.is_set():
+            try:
+                truth = self._truths.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            # The map is large and never changes: it is written as text only once.
+            map_text = map_text or json.dumps(scene_to_json(truth.scene)['map'])
+            content = scene_to_json(replace(truth.scene, map=SceneMap(())))
+            content['map'] = None
+            content['town'] = truth.town
+            text = json.dumps(content, allow_nan=False)
+            if truth.with_map:
+                text = text.replace('"map": null', f'"map": {map_text}', 1)
+            self._scene.publish(String(data=text))
+
     # Camera thread.
 
     def _run_camera(self) -> None:
         renderer = Renderer(self.cameras)
         ground = self.world.ground()
+        near, near_of = ground, None
         while not self._stop.is_set():
             try:
                 exposure = self._exposures.get(timeout=0.2)
             except queue.Empty:
                 continue
             begin_s = time.perf_counter()
-            pictures = renderer.draw(ground, exposure.boxes, exposure.tint, exposure.pose)
+            place = exposure.pose[:2]
+            if near_of is None or np.hypot(*(place - near_of)) > SIGHT_STEP_M:
+                near, near_of = _within(ground, place, SIGHT_M + SIGHT_STEP_M), place
+            pictures = renderer.draw(near, exposure.boxes, exposure.tint, exposure.pose)
             drawn_s = time.perf_counter()
             if exposure.world is not None:
                 self._publish_reference_plan(exposure.world, exposure.stamp_ns)
@@ -312,10 +354,22 @@ class TownNode(Node):
         self._images[camera.name].publish(message)
 
     def close(self) -> None:
-        """Stop both threads."""
+        """Stop the threads."""
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2.0)
+
+
+def _within(
+    ground: tuple[GroundPolygon, ...], place: np.ndarray, radius_m: float
+) -> tuple[GroundPolygon, ...]:
+    """The polygons whose bounding box comes within `radius_m` of a place."""
+    return tuple(
+        polygon
+        for polygon in ground
+        if np.all(polygon.points.min(axis=0) < place + radius_m)
+        and np.all(polygon.points.max(axis=0) > place - radius_m)
+    )
 
 
 def camera_info_message(camera: CameraSpec) -> CameraInfo:
