@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from transforms3d.euler import quat2euler
 
-from spanvla_ros.types import CameraFrame, EgoState, Route, SpanvlaError
+from spanvla_ros.types import CameraFrame, EgoState, Route, SpanvlaError, Trajectory
 
 Picture = UInt8[np.ndarray, 'h w 3']
 Fitted = UInt8[np.ndarray, 'rows columns 3']
@@ -292,4 +292,51 @@ def read_route(msg: Any) -> Route:
         stamp_ns=stamp_ns_of(msg.header),
         frame_id=str(msg.header.frame_id),
         points=np.array(points, dtype=np.float64).reshape(-1, 2),
+    )
+
+
+def read_acceleration(msg: Any) -> float:
+    """The forward acceleration in m/s^2 of a `geometry_msgs/AccelWithCovarianceStamped`.
+
+    Raises:
+        MessageError: a number that is not finite.
+    """
+    value = float(msg.accel.accel.linear.x)
+    if not math.isfinite(value):
+        raise MessageError('acceleration: holds a number that is not finite')
+    return value
+
+
+def read_trajectory(msg: Any) -> Trajectory:
+    """A `trajectory_msgs/MultiDOFJointTrajectory` of one joint, as the guardian publishes it.
+
+    Raises:
+        MessageError: fewer than two points, a point without a pose, times that do not rise, a
+            number that is not finite, or an orientation that is not a rotation.
+    """
+    rows = []
+    for point in msg.points:
+        if len(point.transforms) != 1:
+            raise MessageError(f'trajectory: a point with {len(point.transforms)} transforms')
+        place, q = point.transforms[0].translation, point.transforms[0].rotation
+        since = point.time_from_start
+        time_s = since.sec + since.nanosec * 1e-9
+        rows.append((time_s, place.x, place.y, q.w, q.x, q.y, q.z))
+    if len(rows) < 2:
+        raise MessageError(f'trajectory: {len(rows)} points, at least two are needed')
+    table = np.array(rows, dtype=np.float64)
+    if not np.isfinite(table).all():
+        raise MessageError('trajectory: holds a number that is not finite')
+    if not (np.diff(table[:, 0]) > 0).all():
+        raise MessageError('trajectory: its times do not rise')
+    # All rotations at once; transforms3d turns one at a time.
+    w, x, y, z = table[:, 3:].T
+    if (np.abs(np.sqrt(w * w + x * x + y * y + z * z) - 1.0) > 0.05).any():
+        raise MessageError('trajectory: an orientation is not a rotation')
+    yaw_rad = np.arctan2(2.0 * (w * z + x * y), w * w + x * x - y * y - z * z)
+    return Trajectory(
+        stamp_ns=stamp_ns_of(msg.header),
+        frame_id=str(msg.header.frame_id),
+        times_s=table[:, 0],
+        poses=np.stack([table[:, 1], table[:, 2], yaw_rad], axis=1),
     )

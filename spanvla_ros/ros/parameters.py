@@ -105,6 +105,49 @@ class PlannerSettings:
 
 
 @dataclass(frozen=True)
+class GuardianSettings:
+    """Parameters of the guardian node."""
+
+    vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
+    output_frame: str = setting('odom', 'frame of odometry, route, plan and trajectory')
+    output_hz: float = setting(20.0, 'trajectories a second', low=10.0, high=100.0)
+    enabled: bool = setting(default=True, text='follow plans from the start; false is STANDBY')
+    plan_fresh_s: float = setting(
+        0.35, 'age of its image from which a plan is followed with a warning', low=0.05, high=2.0
+    )
+    plan_max_age_s: float = setting(
+        1.0, 'age of its image from which a plan is no longer followed', low=0.1, high=3.0
+    )
+    odometry_timeout_s: float = setting(
+        0.3, 'without odometry for this long the guardian brakes hard', low=0.05, high=2.0
+    )
+    display_hz: float = setting(5.0, 'rate of path and markers; 0 is off', low=0.0, high=30.0)
+    autoware: bool = setting(
+        default=False,
+        text='publish output/autoware_trajectory too; needs autoware_planning_msgs',
+    )
+
+
+@dataclass(frozen=True)
+class FollowerSettings:
+    """Parameters of the follower node."""
+
+    vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
+    output_frame: str = setting('odom', 'frame of odometry and trajectory')
+    command_hz: float = setting(40.0, 'commands a second', low=10.0, high=200.0)
+    trajectory_timeout_s: float = setting(
+        0.3, 'without a trajectory for this long the follower brakes fully', low=0.1, high=2.0
+    )
+    odometry_timeout_s: float = setting(
+        0.3, 'without odometry for this long the follower brakes fully', low=0.05, high=2.0
+    )
+    latency_s: float = setting(0.1, 'time from odometry to the wheels', low=0.0, high=0.5)
+    preview_s: float = setting(
+        0.25, 'response time of the speed control of the vehicle', low=0.05, high=2.0
+    )
+
+
+@dataclass(frozen=True)
 class RecorderSettings:
     """Parameters of the recorder node."""
 

@@ -122,6 +122,11 @@ class Guardian:
         return Counts(self._accepted, tuple(sorted(self._refused.items())))
 
     @property
+    def clock_jumps(self) -> int:
+        """How often the clock has jumped."""
+        return self._clock.jumps
+
+    @property
     def ego(self) -> EgoState | None:
         """The newest odometry accepted."""
         return self._ego
@@ -174,8 +179,10 @@ class Guardian:
             return 'implausible_motion'
         if ego.stamp_ns > now_ns + 100_000_000:
             return 'from_future'
-        if self._ego is not None and ego.stamp_ns < self._ego.stamp_ns:
-            return 'out_of_order'
+        behind_ns = 0 if self._ego is None else self._ego.stamp_ns - ego.stamp_ns
+        if behind_ns > 0:
+            # Packets overtake one another by milliseconds; by a second only clocks run back.
+            return 'out_of_order' if behind_ns < 1_000_000_000 else 'clock_backwards'
         return None
 
     @staticmethod

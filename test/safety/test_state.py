@@ -193,6 +193,8 @@ def test_an_all_equal_plan_while_moving_never_becomes_a_stop_in_state_ok(driving
         ({'speed': 101.0}, 'implausible_motion'),
         ({'stamp_ns': SECOND + 150_000_001}, 'from_future'),
         ({'stamp_ns': SECOND - 1}, 'out_of_order'),
+        ({'stamp_ns': 1}, 'out_of_order'),
+        ({'stamp_ns': 0}, 'clock_backwards'),
     ],
 )
 def test_bad_odometry_is_refused_and_counted(driving, make_ego, change, reason):
@@ -240,6 +242,7 @@ def test_a_clock_jump_brakes_until_new_odometry(driving, make_ego, make_plan, st
     assert driving.on_plan_text(plan.to_json(), now_ns) is None
     assert driving.tick(now_ns).state == OK
     assert driving.counts.refused == ((f'clock:clock_{kind}', 1),)
+    assert driving.clock_jumps == 1
 
 
 def test_a_clock_jump_before_odometry_is_only_counted(guardian):
