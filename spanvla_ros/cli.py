@@ -165,10 +165,10 @@ def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f'spanvla {name}',
         description=f'{command.summary[0].upper()}{command.summary[1:]}.',
-        epilog=_examples(command.examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.configure(parser)
+    parser.epilog = _examples(command.examples)
     return parser
 
 

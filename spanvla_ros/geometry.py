@@ -16,7 +16,7 @@ Poses = Float64[np.ndarray, '*n 3']
 Points = Float64[np.ndarray, '*n 2']
 
 
-def wrap_angle(angle_rad: ArrayLike) -> Float64[np.ndarray, '...'] | np.float64:
+def wrap_angle(angle_rad: ArrayLike) -> Float64[np.ndarray, '...']:
     """The same angle in [-pi, pi)."""
     turned = np.asarray(angle_rad, dtype=np.float64) + np.pi
     return np.asarray(turned % (2.0 * np.pi) - np.pi)

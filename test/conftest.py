@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
-from numpy.typing import ArrayLike
 
 # Numpy modules only: torch traces its own through the exporter, which would record the checks.
 CHECKED = (

@@ -68,7 +68,9 @@ def summary_of(recording: Recording, vehicle: Vehicle) -> dict[str, Any]:
     plans = [plan for plan in recording.plans if window.holds(plan.received_ns)]
     outputs = [output for output in recording.outputs if window.holds(output.received_ns)]
     columns = list(zip(*(plan.image_stamps_ns for plan in plans), strict=False))
+    # A camera that is never there is never encoded and says nothing about the rate.
     seen = [len({stamp for stamp in column if stamp is not None}) for column in columns]
+    seen = [count for count in seen if count]
     fresh, output_ages_ms = _freshness(recording, window, outputs)
     faults = _faults(recording, outputs, vehicle)
     stages: dict[str, list[float]] = {}
