@@ -1,4 +1,4 @@
-"""The torch engine: the model as it was trained, one row at a time. The yardstick of the others."""
+"""The torch engine: the model as it was trained, one row at a time; the yardstick of others."""
 
 from __future__ import annotations
 

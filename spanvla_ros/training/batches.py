@@ -66,7 +66,8 @@ def make_batch(
         rows: the rows.
         policy: gives layout, source, normalisation, codebook.
         settings: augmentation.
-        rng: source of augmentation; None for evaluation, without any.
+        rng: source of augmentation; None for evaluation, without any and without last reasoning,
+            which would give away what the eyes are asked for.
         answers: `none`, `reasoning` (ends at the action start), `full` (with action tokens).
     """
     observations = [row.sample.observation for row in rows]
@@ -77,6 +78,8 @@ def make_batch(
             _disturbed(seen, row.sample.reasoning, texts, settings, rng)
             for seen, row in zip(observations, rows, strict=True)
         ]
+    else:
+        observations = [replace(seen, reasoning='') for seen in observations]
     if settings.blind:
         observations = [_without_pictures(seen) for seen in observations]
     encoded = [policy.layout.encode(seen) for seen in observations]

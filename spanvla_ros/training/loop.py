@@ -67,6 +67,8 @@ def train(
 ) -> None:
     """Run one stage in this process of the group; see `TrainSettings` for its length."""
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    # Filling fresh memory is a debugging aid of that mode; nothing here reads it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     module = STAGES[stage]
     shards = ShardSet(settings.data)
     policy = new_policy(ModelConfig(), settings.seed) if init is None else open_model(init)
@@ -148,7 +150,15 @@ def compile_vision(policy: Policy) -> None:
     """Let torch fuse the vision tower's small operations; a quarter faster on a CPU."""
     if not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++')):
         raise SpanvlaError('train: compiled needs a C++ compiler; add --set compiled=false')
-    policy.backbone.vision = torch.compile(policy.backbone.vision, dynamic=False)
+    eager = policy.backbone.vision
+    fused = torch.compile(eager, dynamic=False)
+
+    def vision(pixels: torch.Tensor) -> torch.Tensor:
+        # Held-out batches have other sizes; compiling for them would cost more than it saves.
+        found: torch.Tensor = fused(pixels) if torch.is_grad_enabled() else eager(pixels)
+        return found
+
+    policy.backbone.vision = vision  # type: ignore[method-assign]
 
 
 def row_weights(facts: np.ndarray, settings: TrainSettings) -> np.ndarray:
