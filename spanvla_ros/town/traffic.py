@@ -254,8 +254,8 @@ class World:
     def step(self, command: DriveCommand, dt_s: float) -> None:
         """Advance by `dt_s`: the ego answers the command within its limits, traffic reacts."""
         before = self.state
-        steering = -command.steering_rad if self.mirror else command.steering_rad
-        self.state = _drive(before, command.speed_mps, steering, self.vehicle, dt_s)
+        steering = float(-command.steering_rad if self.mirror else command.steering_rad)
+        self.state = _drive(before, float(command.speed_mps), steering, self.vehicle, dt_s)
         self.advance(dt_s)
         moved = math.hypot(self.state.x_m - before.x_m, self.state.y_m - before.y_m)
         front = self.vehicle.rear_axle_to_center_m + self.vehicle.length_m / 2
