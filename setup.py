@@ -40,7 +40,6 @@ EXTRAS = {
     'train': [
         *TOWN,
         *ONNX_EXPORT,
-        'accelerate>=1.10',
         'pyarrow>=18',
         'tensorboard>=2.18',
         'torch>=2.7',

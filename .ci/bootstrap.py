@@ -184,7 +184,7 @@ def read_stamp() -> dict:
 
 def install(extras: list, constraints: Path, environment: dict) -> None:
     """Install the project, editable, with these extras; wheels only."""
-    pip = [str(PYTHON), '-m', 'pip', 'install', *WHEELS_ONLY, '--quiet']
+    pip = [str(PYTHON), '-m', 'pip', 'install', *WHEELS_ONLY, '-qq']
     limits = ['-c', str(constraints)]
     started = time.monotonic()
     print(f'installing {", ".join(extras)} into {VENV} ...', flush=True)

@@ -93,7 +93,6 @@ COMMANDS = {
 
 # The extra that brings each optional library, by the name it is imported under.
 EXTRA_OF_PACKAGE = {
-    'accelerate': 'train',
     'cv2': 'town',
     'onnx': 'train',
     'onnxruntime': 'onnx',

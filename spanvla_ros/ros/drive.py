@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from std_msgs.msg import String
 from tqdm import tqdm
 
 from spanvla_ros.model.checkpoint import load_model_dir, shipped_model_dir, write_text
+from spanvla_ros.model.config import TOWN_CAMERAS
 from spanvla_ros.report.drive_page import write_page
 from spanvla_ros.report.drive_summary import summarise
+from spanvla_ros.report.pictures import CameraView
 from spanvla_ros.ros.bag_file import part_folder, recover
 from spanvla_ros.ros.children import (
     NAMESPACE,
@@ -103,8 +105,13 @@ def _check(options: argparse.Namespace) -> None:
         raise SpanvlaError(f'--seed {options.seed}: must lie between 0 and 2147483647')
     if options.vehicle:
         Vehicle.load(options.vehicle)
-    _overrides(options.overrides)
-    load_model_dir(options.model or shipped_model_dir())
+    if not _reference_drives(options):
+        load_model_dir(options.model or shipped_model_dir())
+
+
+def _reference_drives(options: argparse.Namespace) -> bool:
+    """Whether the town's reference driver stands in the planner's slot."""
+    return bool(_overrides(options.overrides)['town'].get('reference_plans'))
 
 
 def _remove_part(recording: Path) -> None:
@@ -177,7 +184,7 @@ class Drive:
             'guardian': {},
             'follower': {},
             'planner': {
-                'model_dir': str(options.model or shipped_model_dir()),
+                'model_dir': str(options.model or ''),
                 'backend': options.backend,
                 'schedule': options.schedule or 'model',
             },
@@ -191,7 +198,11 @@ class Drive:
             for name in ('guardian', 'follower', 'town'):
                 given[name]['vehicle_file'] = options.vehicle
         overrides = _overrides(options.overrides)
-        return {name: {**given[name], **overrides[name]} for name in NODES}
+        if _reference_drives(options):
+            del given['planner']
+        elif not options.model:
+            given['planner']['model_dir'] = str(shipped_model_dir())
+        return {name: {**given[name], **overrides[name]} for name in given}
 
     def run(self) -> str:
         """Start, drive for the time asked, stop; returns why it broke off, else an empty text."""
@@ -229,9 +240,9 @@ class Drive:
 
     def _wait_and_drive(self, spin: Callable[[], None]) -> str:
         begin_s = time.monotonic()
-        bar_format = '{desc}: {n:.0f}/{total:.0f} s |{bar}| {postfix}'
+        bar_format = '{desc}{n:.0f}/{total:.0f} s |{bar}|{postfix}'
         seconds = self.options.seconds
-        with tqdm(total=seconds, desc='starting', bar_format=bar_format, leave=False) as bar:
+        with tqdm(total=seconds, desc='starting ', bar_format=bar_format, leave=False) as bar:
             while not self.status.get('moving'):
                 spin()
                 failure = self._tend()
@@ -239,7 +250,7 @@ class Drive:
                     return failure
                 if time.monotonic() - begin_s > START_TIMEOUT_S:
                     return f'no plan moved the car within {START_TIMEOUT_S:.0f} s; {self._why()}'
-            bar.set_description('driving')
+            bar.set_description_str('driving ')
             meter = CostMeter(self.nodes)
             begin_s = time.monotonic()
             failure = ''
@@ -268,16 +279,17 @@ class Drive:
         return ''
 
     def _why(self) -> str:
-        return f'planner: {self.nodes["planner"].last_line() or "said nothing"}'
+        planner = self.nodes.get('planner')
+        return f'planner: {planner.last_line() or "said nothing"}' if planner else 'no planner'
 
     def _stop(self) -> None:
         # The recorder goes last, so that it sees the others stop the car.
-        for name in ('town', 'planner', 'follower', 'guardian', 'recorder'):
-            self.nodes[name].interrupt()
-            if name in ('town', 'recorder'):
-                self.nodes[name].wait(STOP_TIMEOUT_S)
-        for process in self.nodes.values():
-            process.wait(STOP_TIMEOUT_S)
+        for group in (('town',), ('planner', 'follower', 'guardian'), ('recorder',)):
+            chosen = [self.nodes[name] for name in group if name in self.nodes]
+            for process in chosen:
+                process.interrupt()
+            for process in chosen:
+                process.wait(STOP_TIMEOUT_S)
 
 
 class CostMeter:
@@ -318,7 +330,8 @@ def _report(recording: Path, drive: Drive, failure: str) -> int:
     content['machine'] = f'{platform.machine()}, {os.cpu_count()} cores'
     out = recording.parent
     write_text(out / 'summary.json', json.dumps(content, indent=2, allow_nan=False) + '\n')
-    write_page(recording, content, out / 'index.html')
+    views = [CameraView(**asdict(camera)) for camera in TOWN_CAMERAS]
+    write_page(recording, content, out / 'index.html', views)
     print(_line(content, out))  # noqa: T201
     if failure:
         print(f'drive: broke off: {failure}', file=sys.stderr)  # noqa: T201
@@ -329,7 +342,7 @@ def _line(content: Mapping[str, Any], out: Path) -> str:
     gap, age = content['output_gap_ms'], content['kv_age_ms']
     return (
         f'drive: {content["seconds"]:.0f} s, {content["plan_hz"]:.1f} plans/s, '
-        f'{content["output_hz"]:.1f} outputs/s (gap p99 {gap["p99"]:.0f} ms), '
-        f'K/V age p99 {age["p99"]:.0f} ms, {content["distance_m"]:.0f} m, '
+        f'{content["output_hz"]:.1f} outputs/s (gap p99 {gap["p99"] or 0.0:.0f} ms), '
+        f'K/V age p99 {age["p99"] or 0.0:.0f} ms, {content["distance_m"]:.0f} m, '
         f'collisions {content["collisions"]}, see {out / "index.html"}'
     )
