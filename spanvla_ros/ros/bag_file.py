@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 from rosbags.interfaces import Connection
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.rosbag2.storage_mcap import McapWriter
 from rosbags.typesys import Stores, get_typestore
 
@@ -33,6 +33,7 @@ class BagFile:
             raise SpanvlaError(f'{self.path}: exists already; remove it or choose another name')
         self._types = get_typestore(Stores.LATEST)
         self._writer = Writer(self.part, version=9, storage_plugin=StoragePlugin.MCAP)
+        self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
         self._writer.open()
         self._connections: dict[str, Connection] = {}
         self._pending = 0
