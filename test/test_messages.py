@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transforms3d.euler import euler2quat
 
 from spanvla_ros.messages import (
     Intrinsics,
     MessageError,
     fit_picture,
+    read_acceleration,
     read_camera_info,
     read_compressed_image,
     read_image,
     read_odometry,
     read_route,
+    read_trajectory,
 )
 
 RNG = np.random.default_rng(0)
@@ -282,3 +285,59 @@ def test_route_points_in_order(count):
     assert route.points.shape == (count, 2)
     assert route.points.tolist() == [[i, -i] for i in range(count)]
     assert route.frame_id == 'front'
+
+
+def accelerated(x_mps2):
+    linear = SimpleNamespace(x=x_mps2, y=0.0, z=0.0)
+    return SimpleNamespace(accel=SimpleNamespace(accel=SimpleNamespace(linear=linear)))
+
+
+def test_acceleration_is_the_forward_one():
+    assert read_acceleration(accelerated(-1.5)) == -1.5
+    with pytest.raises(MessageError, match='not finite'):
+        read_acceleration(accelerated(float('nan')))
+
+
+def trajectory_point(time_s, x_m, quaternion=(1.0, 0.0, 0.0, 0.0)):
+    w, x, y, z = quaternion
+    transform = SimpleNamespace(
+        translation=SimpleNamespace(x=x_m, y=-x_m, z=0.0),
+        rotation=SimpleNamespace(w=w, x=x, y=y, z=z),
+    )
+    nanoseconds = round(time_s * 1e9)
+    since = SimpleNamespace(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)
+    return SimpleNamespace(transforms=[transform], time_from_start=since)
+
+
+def trajectory_message(points):
+    stamp = SimpleNamespace(sec=7, nanosec=8)
+    return SimpleNamespace(header=SimpleNamespace(stamp=stamp, frame_id='odom'), points=points)
+
+
+@given(st.floats(-3.1, 3.1), st.floats(-1.4, 1.4), st.floats(-1.4, 1.4))
+def test_trajectory_yaw_is_that_of_the_rotation(yaw, pitch, roll):
+    turned = euler2quat(yaw, pitch, roll, axes='rzyx')
+    points = [trajectory_point(0.0, 0.0), trajectory_point(1.5, 2.0, turned)]
+    trajectory = read_trajectory(trajectory_message(points))
+    assert trajectory.stamp_ns == 7_000_000_008
+    assert trajectory.times_s.tolist() == [0.0, 1.5]
+    assert trajectory.poses[1] == pytest.approx([2.0, -2.0, yaw], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ('points', 'reason'),
+    [
+        ([], 'at least two'),
+        ([trajectory_point(0.0, 0.0)], 'at least two'),
+        ([trajectory_point(0.0, 0.0), SimpleNamespace(transforms=[])], '0 transforms'),
+        ([trajectory_point(0.0, 0.0), trajectory_point(0.0, 1.0)], 'do not rise'),
+        ([trajectory_point(0.0, 0.0), trajectory_point(1.0, float('inf'))], 'not finite'),
+        (
+            [trajectory_point(0.0, 0.0), trajectory_point(1.0, 1.0, (0.0, 0.0, 0.0, 0.0))],
+            'not a rotation',
+        ),
+    ],
+)
+def test_a_trajectory_that_is_none_is_refused(points, reason):
+    with pytest.raises(MessageError, match=reason):
+        read_trajectory(trajectory_message(points))

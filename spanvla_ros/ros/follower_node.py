@@ -13,6 +13,7 @@ import time
 
 from geometry_msgs.msg import Twist
 from nav_msgs.msg import Odometry
+from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from trajectory_msgs.msg import MultiDOFJointTrajectory
@@ -34,6 +35,7 @@ from spanvla_ros.types import DriveCommand, EgoState, Trajectory
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 BEST_EFFORT = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
+LAST_WORD = Duration(nanoseconds=300_000_000)
 FOLLOWS = ('following', 'standing')
 
 
@@ -146,6 +148,8 @@ class FollowerNode(Node):
         self._stop.set()
         self._thread.join(timeout=1.0)
         self._send(self._follower.brake(self._ego, 'shutdown'))
+        # A publisher that goes takes its unsent messages along.
+        self._twist_out.wait_for_all_acked(LAST_WORD)
 
 
 def main() -> int:

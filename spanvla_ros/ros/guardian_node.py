@@ -16,6 +16,7 @@ from dataclasses import replace
 from geometry_msgs.msg import AccelWithCovarianceStamped
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
+from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
@@ -46,6 +47,7 @@ LATCHED = QoSProfile(
     reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
+LAST_WORD = Duration(nanoseconds=300_000_000)
 LEVELS = {'STANDBY': OK, 'OK': OK, 'DEGRADED': WARN, 'FALLBACK': ERROR, 'FAULT': ERROR}
 
 
@@ -255,6 +257,9 @@ class GuardianNode(Node):
         with self._lock:
             self._guardian.set_enabled(False)
         self._publish()
+        for publisher in (self._trajectory_out, self._state_out):
+            # A publisher that goes takes its unsent messages along.
+            publisher.wait_for_all_acked(LAST_WORD)
 
 
 def main() -> int:
