@@ -1,0 +1,378 @@
+"""`spanvla evaluate`: a model on held-out scenes, in open and in closed loop.
+
+Every number stands with its 95 % interval and with what made it: scene set, seeds, ranges, model,
+schedule, steps. Nothing here needs torch unless its backend is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from spanvla_ros import __version__
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.town.driver import BlindRouteFollower, ConstantVelocity
+from spanvla_ros.town.scenarios import FAMILIES, HELD_OUT_SEED, MIX, ranges_sha256
+from spanvla_ros.training import closed_loop, open_loop
+from spanvla_ros.training.bridge_check import swapped_layers
+from spanvla_ros.training.closed_loop import MODEL, REFERENCES, TWIN, Episode
+from spanvla_ros.training.contestants import (
+    Contestant,
+    DriveJob,
+    PlanJob,
+    do_drive,
+    do_plans,
+    in_parallel,
+    open_planner,
+)
+from spanvla_ros.training.data.scenes import MANIFEST
+from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.evaluation_page import write_evaluation_page
+from spanvla_ros.training.intervals import NOTHING, Estimate
+from spanvla_ros.training.open_loop import OpenLoop
+from spanvla_ros.types import SpanvlaError
+
+CHUNK = 20
+MIRRORED_ROWS = 200
+SWAPPED_ROWS = 60
+SCHEMA_VERSION = 1
+
+Content = dict[str, Any]
+Measures = Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked for."""
+
+    model: Contestant
+    twin: Contestant | None
+    scenes: Path
+    out: Path
+    families: tuple[str, ...]
+    rows: int
+    closed_loop: bool
+    episodes: int
+    plan_period_s: float
+    latency_s: float
+    workers: int
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `spanvla evaluate`."""
+    parser.add_argument('--model', type=Path, required=True, help='model directory')
+    parser.add_argument('--scenes', type=Path, required=True, help='held-out scenes')
+    parser.add_argument('--out', type=Path, required=True, help='where the results go')
+    parser.add_argument(
+        '--compare', type=Path, help='a second model, such as the twin trained without pictures'
+    )
+    parser.add_argument('--closed-loop', action='store_true', help='also drive whole episodes')
+    parser.add_argument('--episodes', type=int, default=100, help='drives a family and driver')
+    parser.add_argument(
+        '--families', nargs='+', default=list(FAMILIES), choices=(*FAMILIES, MIX), metavar='NAME'
+    )
+    parser.add_argument('--rows', type=int, default=0, help='at most this many rows; 0 takes all')
+    parser.add_argument('--backend', default='auto')
+    parser.add_argument('--schedule', choices=('sequential', 'concurrent', 'off'))
+    parser.add_argument('--steps', type=int, help='Euler steps')
+    parser.add_argument('--plan-period', type=float, default=0.1, help='seconds between plans')
+    parser.add_argument('--latency', type=float, default=0.1, help='seconds from picture to plan')
+    parser.add_argument('--workers', type=int, default=min(2, os.cpu_count() or 1))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, write `summary.json` and `index.html`, print one line."""
+    evaluation = Evaluation(
+        model=_contestant(options.model, options),
+        twin=None if options.compare is None else _contestant(options.compare, options),
+        scenes=options.scenes,
+        out=options.out,
+        families=tuple(options.families),
+        rows=options.rows,
+        closed_loop=options.closed_loop,
+        episodes=options.episodes,
+        plan_period_s=options.plan_period,
+        latency_s=options.latency,
+        workers=options.workers,
+    )
+    summary = evaluate(evaluation)
+    print(headline(summary))  # noqa: T201
+    return 0
+
+
+def evaluate(wanted: Evaluation) -> Content:
+    """All that is asked for; writes into `wanted.out` and returns the summary."""
+    if wanted.closed_loop and wanted.episodes < 1:
+        raise SpanvlaError(
+            f'evaluate: --episodes {wanted.episodes} drives nothing; give 1 or more'
+        )
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    config = open_planner(wanted.model).config
+    shards = ShardSet(wanted.scenes)
+    _check_scenes(shards, config, wanted.scenes)
+    chosen = choose_rows(shards, wanted.families, wanted.rows)
+    loops = {MODEL: _planned(wanted, wanted.model, shards, chosen)}
+    if wanted.twin is not None:
+        loops[TWIN] = _planned(wanted, wanted.twin, shards, chosen)
+    summary: Content = {
+        'schema_version': SCHEMA_VERSION,
+        **dict.fromkeys(('pdms', 'epdms'), NOTHING.content()),
+        'open_loop': _open_loop(loops, shards, chosen, config),
+        'hazard_pairs': {name: _nested(open_loop.pair_measures(x)) for name, x in loops.items()},
+        'mirror': _mirror(wanted, shards, loops[MODEL]),
+        'bridge': _nested(swapped_layers(wanted.model, shards.rows(_spread(shards, chosen)))),
+    }
+    if wanted.twin is not None:
+        alone = ~_paired(loops[MODEL])
+        summary['open_loop_twin_minus_model'] = _flat(
+            open_loop.differences(loops[MODEL].chosen(alone), loops[TWIN].chosen(alone))
+        )
+    summary.update(_closed_loop(wanted, config))
+    summary['stamp'] = stamp(wanted, shards, chosen)
+    summary = {**_top(summary), **summary}
+    _write_json(wanted.out / 'summary.json', summary)
+    write_evaluation_page(wanted.out / 'index.html', summary, headline(summary))
+    return summary
+
+
+def choose_rows(shards: ShardSet, families: Sequence[str], limit: int) -> np.ndarray:
+    """Rows of the families; with a limit evenly spread ones, pairs kept whole."""
+    wanted = np.isin(shards.families.astype(str), list(families))
+    indices = np.flatnonzero(wanted)
+    if not len(indices):
+        raise SpanvlaError(
+            f'{shards.path}: holds no scene of {", ".join(families)}; name other --families'
+        )
+    if not limit or limit >= len(indices):
+        return indices
+    paired = np.array([bool(name) for name in shards.pair_ids[indices]])
+    names = sorted(set(shards.pair_ids[indices][paired]))
+    share = limit / len(indices)
+    few = {names[int(i)] for i in np.linspace(0, len(names) - 1, round(share * len(names)))}
+    alone = indices[~paired]
+    alone = alone[np.linspace(0, len(alone) - 1, round(share * len(alone))).astype(int)]
+    together = [i for i in indices[paired] if shards.pair_ids[i] in few]
+    return np.sort(np.concatenate([alone, np.array(together, dtype=np.int64)]))
+
+
+def stamp(wanted: Evaluation, shards: ShardSet, chosen: np.ndarray) -> Content:
+    """What made the numbers."""
+    planner = open_planner(wanted.model)
+    manifest = wanted.scenes / MANIFEST
+    drawn = json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else {}
+    return {
+        'version': __version__,
+        'model': wanted.model.path.name,
+        'model_sha256': planner.model_sha256,
+        'twin_sha256': None if wanted.twin is None else open_planner(wanted.twin).model_sha256,
+        'backend': planner.backend.name,
+        'schedule': planner.schedule,
+        'steps': planner.steps,
+        'samples': 'single',
+        'scenes_sha256': _sha256(manifest) if manifest.exists() else None,
+        'scenes_seed': drawn.get('seed'),
+        'scenes_ranges_sha256': drawn.get('ranges_sha256'),
+        'rows': len(chosen),
+        'rows_in_set': len(shards),
+        'families': list(wanted.families),
+        'ranges_sha256': ranges_sha256(),
+        'episodes': wanted.episodes if wanted.closed_loop else 0,
+        'episode_seeds': [HELD_OUT_SEED, HELD_OUT_SEED + wanted.episodes]
+        if wanted.closed_loop
+        else None,
+        'plan_period_s': wanted.plan_period_s,
+        'latency_s': wanted.latency_s,
+        'interval': '95 % bootstrap over drives',
+    }
+
+
+def headline(summary: Content) -> str:
+    """One line of the numbers that matter most."""
+    parts = [f'ADE {_span(summary["ade_m"])} m', f'FDE {_span(summary["fde_m"])} m']
+    for kind, found in summary['hazard_pairs'].get(MODEL, {}).items():
+        parts.append(f'{kind} pairs {_span(found["right_way"])}')
+    if summary['success_rate']['mean'] is not None:
+        parts.append(f'success {_span(summary["success_rate"])}')
+        parts.append(f'collisions/km {_span(summary["collisions_per_km"])}')
+    return ' | '.join(parts)
+
+
+def _contestant(path: Path, options: argparse.Namespace) -> Contestant:
+    return Contestant(path, options.backend, options.schedule, options.steps)
+
+
+def _check_scenes(shards: ShardSet, config: ModelConfig, path: Path) -> None:
+    if shards.cameras != config.camera_names:
+        raise SpanvlaError(
+            f'{path}: has cameras {", ".join(shards.cameras)}, the model wants '
+            f'{", ".join(config.camera_names)}; draw scenes with --model'
+        )
+    if shards.futures.shape[1] != config.waypoints:
+        raise SpanvlaError(
+            f'{path}: futures have {shards.futures.shape[1]} waypoints, the model '
+            f'{config.waypoints}; draw scenes with --model'
+        )
+
+
+def _planned(
+    wanted: Evaluation, contestant: Contestant, shards: ShardSet, chosen: np.ndarray
+) -> OpenLoop:
+    return open_loop.collect(
+        shards,
+        chosen,
+        open_planner(wanted.model).config,
+        _plans(wanted, contestant, chosen, mirrored=False),
+    )
+
+
+def _plans(
+    wanted: Evaluation, contestant: Contestant, chosen: np.ndarray, *, mirrored: bool
+) -> np.ndarray:
+    pieces = [tuple(chosen[i : i + CHUNK].tolist()) for i in range(0, len(chosen), CHUNK)]
+    jobs = [PlanJob(contestant, wanted.scenes, piece, mirrored) for piece in pieces]
+    name = f'{contestant.path.name}{" mirrored" if mirrored else ""}'
+    found = []
+    with tqdm(total=len(chosen), unit='plan', desc=name) as bar:
+        for plans in in_parallel(do_plans, jobs, wanted.workers):
+            found.append(plans)
+            bar.update(len(plans))
+    return np.concatenate(found)
+
+
+def _open_loop(
+    loops: dict[str, OpenLoop], shards: ShardSet, chosen: np.ndarray, config: ModelConfig
+) -> Content:
+    """Errors of each driver, over all rows that are no pairs and by family."""
+    alone = ~_paired(loops[MODEL])
+    rows = shards.rows(chosen[alone])
+    found: Content = {}
+    for name, driver in (
+        ('constant_velocity', ConstantVelocity()),
+        ('blind_route_follower', BlindRouteFollower()),
+    ):
+        planned = open_loop.plan_rows(driver, config, rows)
+        found[name] = _families(open_loop.collect(shards, chosen[alone], config, planned))
+    return {**{name: _families(loop.chosen(alone)) for name, loop in loops.items()}, **found}
+
+
+def _families(loop: OpenLoop) -> Content:
+    found = {'all': _flat(open_loop.measures(loop))}
+    for family in sorted(set(loop.families)):
+        found[family] = _flat(open_loop.measures(loop.chosen(loop.families == family)))
+    return found
+
+
+def _mirror(wanted: Evaluation, shards: ShardSet, loop: OpenLoop) -> Content:
+    """Lane keeping straight and mirrored, or nothing where the set has none."""
+    keep = np.flatnonzero((loop.families == 'lane_keeping') & ~_paired(loop))[:MIRRORED_ROWS]
+    if not len(keep):
+        return {}
+    names = set(loop.scene_ids[keep])
+    indices = np.flatnonzero([name in names for name in shards.scene_ids])
+    reflected = _plans(wanted, wanted.model, indices, mirrored=True)
+    straight = loop.chosen(keep)
+    return _flat(open_loop.mirror_share(straight.planned, reflected, straight.drives))
+
+
+def _paired(loop: OpenLoop) -> np.ndarray:
+    return np.array([bool(name) for name in loop.pair_ids])
+
+
+def _spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+    alone = chosen[[not shards.pair_ids[i] for i in chosen]]
+    count = min(SWAPPED_ROWS, len(alone))
+    return alone[np.linspace(0, len(alone) - 1, count).astype(int)]
+
+
+def _closed_loop(wanted: Evaluation, config: ModelConfig) -> Content:
+    if not wanted.closed_loop:
+        return {}
+    drivers: list[tuple[str, Contestant | None]] = [(MODEL, wanted.model)]
+    if wanted.twin is not None:
+        drivers.append((TWIN, wanted.twin))
+    drivers += [(name, None) for name in REFERENCES]
+    jobs = [
+        DriveJob(driver, family, seed, config, contestant, wanted.plan_period_s, wanted.latency_s)
+        for driver, contestant in drivers
+        for family in wanted.families
+        for seed in closed_loop.held_out_seeds(wanted.episodes)
+    ]
+    episodes: dict[str, list[Episode]] = {name: [] for name, _ in drivers}
+    with tqdm(total=len(jobs), unit='drive', desc='closed loop') as bar:
+        for episode in in_parallel(do_drive, jobs, wanted.workers):
+            episodes[episode.driver].append(episode)
+            bar.update()
+            bar.set_postfix_str(f'{episode.driver} {episode.family}')
+    _write_lines(
+        wanted.out / 'episodes.jsonl', [e.content() for every in episodes.values() for e in every]
+    )
+    found: Content = {
+        'closed_loop': {
+            name: {
+                family: _flat(closed_loop.rates(some))
+                for family, some in closed_loop.by_family(every).items()
+            }
+            for name, every in episodes.items()
+        },
+    }
+    if wanted.twin is not None:
+        found['closed_loop_twin_minus_model'] = _flat(
+            closed_loop.paired(episodes[MODEL], episodes[TWIN])
+        )
+    return found
+
+
+def _top(summary: Content) -> Content:
+    """The fields every summary has, in the model's own numbers over all families."""
+    errors = summary['open_loop'][MODEL]['all']
+    driven = summary.get('closed_loop', {}).get(MODEL, {}).get('all', {})
+    nothing = NOTHING.content()
+    return {
+        'ade_m': errors['ade_m'],
+        'fde_m': errors['fde_m'],
+        **{
+            name: driven.get(name, nothing)
+            for name in ('collisions_per_km', 'route_completion', 'success_rate')
+        },
+    }
+
+
+def _flat(measures: Measures) -> Content:
+    return {name: estimate.content() for name, estimate in measures.items()}
+
+
+def _nested(groups: Mapping[str, Measures]) -> Content:
+    return {name: _flat(measures) for name, measures in groups.items()}
+
+
+def _span(estimate: Content) -> str:
+    if estimate['mean'] is None:
+        return '-'
+    return f'{estimate["mean"]:.2f} [{estimate["low"]:.2f}, {estimate["high"]:.2f}]'
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, content: Content) -> None:
+    _write_text(path, json.dumps(content, indent=1, allow_nan=False) + '\n')
+
+
+def _write_lines(path: Path, rows: Sequence[Content]) -> None:
+    _write_text(path, ''.join(json.dumps(row, allow_nan=False) + '\n' for row in rows))
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
