@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from spanvla_ros.ros.process import PARENT_VARIABLE
 from spanvla_ros.types import SpanvlaError
 
 NAMESPACE = '/spanvla'
@@ -37,7 +38,6 @@ FOREIGN_VARIABLES = (
     'FASTRTPS_DEFAULT_PROFILES_FILE',
     'CYCLONEDDS_URI',
 )
-PARENT_VARIABLE = 'SPANVLA_PARENT_PID'
 
 
 @contextmanager

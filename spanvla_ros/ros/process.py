@@ -18,6 +18,8 @@ from rclpy.signals import SignalHandlerOptions
 from spanvla_ros.types import SpanvlaError
 
 HARD_EXIT_S = 5.0
+# A drive names itself here to the nodes it starts.
+PARENT_VARIABLE = 'SPANVLA_PARENT_PID'
 
 
 @runtime_checkable
@@ -50,7 +52,7 @@ def run_node(make: Callable[[], Node]) -> int:
     try:
         node = make()
         executor.add_node(node)
-        while rclpy.ok() and not stopping.is_set():
+        while rclpy.ok() and not stopping.is_set() and not _orphaned():
             executor.spin_once(timeout_sec=0.2)
     except SpanvlaError as error:
         _say(str(error))
@@ -61,6 +63,12 @@ def run_node(make: Callable[[], Node]) -> int:
         stopping.set()
         _close(node)
     return status
+
+
+def _orphaned() -> bool:
+    """Whether the drive that started this node is gone, killed without a chance to stop it."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    return parent is not None and str(os.getppid()) != parent
 
 
 def _arm_hard_exit() -> None:

@@ -104,3 +104,26 @@ def test_a_killed_planner_stops_the_car_and_comes_back(toy_model, tmp_path):
     driven = [speed for at, speed in speeds if at > killed_ns]
     assert min(driven) < max(speed for at, speed in speeds if at < killed_ns)
     assert all(math.isfinite(speed) for speed in driven)
+
+
+def test_nodes_of_a_killed_drive_end_by_themselves(domain, tmp_path):
+    code = (
+        'import sys, time; from pathlib import Path; '
+        'from spanvla_ros.ros.children import NodeProcess, private_environment; '
+        f'log = Path({str(tmp_path)!r}); '
+        f'node = NodeProcess("recorder", {{"out": str(log / "x.mcap")}}, '
+        f'private_environment({domain}, log), log); '
+        'node.start(); print(node.process.pid, flush=True); time.sleep(60)'
+    )
+    starter = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    pid = int(starter.stdout.readline())
+    deadline_s = time.monotonic() + 20
+    while not (tmp_path / 'x.part').exists() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    starter.kill()
+    starter.wait()
+    starter.stdout.close()
+    while Path(f'/proc/{pid}').exists() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not Path(f'/proc/{pid}').exists()
+    assert (tmp_path / 'x.mcap').exists()
