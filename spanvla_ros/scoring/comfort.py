@@ -80,7 +80,9 @@ def comfort_flags(states: States, version: Version) -> Bool[np.ndarray, 'n 6']:
     return np.stack(flags, axis=-1)
 
 
-def with_history(states: States, history: Float64[np.ndarray, 'h 11']) -> States:
+def with_history(
+    states: States, history: Float64[np.ndarray, 'h 11']
+) -> Float64[np.ndarray, 'n h+t 11']:
     """The past prepended to each proposal."""
     past = np.broadcast_to(history, (len(states), *history.shape))
     return np.concatenate([past, states], axis=1)

@@ -43,7 +43,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise SpanvlaError(f'{path}: cannot be read ({error})') from error
 
 
-def _split(file: IO[bytes]) -> Iterator[Line]:
+def _split(file: gzip.GzipFile | IO[bytes]) -> Iterator[Line]:
     number = 0
     while content := file.readline(MAX_LINE_BYTES + 1):
         number += 1

@@ -92,7 +92,7 @@ def ego_areas(ego: Footprints, ground: Ground, on_route: frozenset[str]) -> EgoA
     routed = np.array([lane_id in on_route for lane_id in ground.lane_ids], dtype=bool)
     return EgoAreas(
         multiple_lanes=(corner_count > 1) & ~whole,
-        non_drivable=~ground.drivable.any_contains(ego.corners).all(axis=-1),
+        non_drivable=np.any(~ground.drivable.any_contains(ego.corners), axis=-1),
         oncoming=~ground.lanes.keep(routed).any_contains(ego.centers),
         in_intersection=ground.intersections.any_contains(ego.centers),
     )
@@ -167,7 +167,8 @@ def raw_progress_m(ego: Footprints, centerline: Centerline) -> Values:
     """Distance along the centre line between the first and the last box centre, at least 0."""
     start = shapely.line_locate_point(centerline.line, shapely.points(ego.centers[:, 0]))
     end = shapely.line_locate_point(centerline.line, shapely.points(ego.centers[:, -1]))
-    return np.maximum(end - start, 0.0)
+    progress: Values = np.maximum(end - start, 0.0)
+    return progress
 
 
 def time_to_collision(
@@ -278,7 +279,8 @@ def _at_fault(
         tracks.half_width_m[track],
     )
     exposed = areas.multiple_lanes[proposal, step] | areas.non_drivable[proposal, step]
-    return moving & (tracks.stopped[track] | (~behind & (front | exposed)))
+    fault: Bool[np.ndarray, 'm'] = moving & (tracks.stopped[track] | (~behind & (front | exposed)))
+    return fault
 
 
 def _reachable(tracks: Tracks, ego: Footprints, ahead_s: float) -> Tracks:
@@ -307,7 +309,7 @@ def _overlaps(
     size = np.hypot(tracks.half_length_m, tracks.half_width_m)
     size = size + np.hypot(vehicle.length_m, vehicle.width_m) / 2.0
     size = size.reshape(1, -1, *[1] * (gap_x.ndim - 2))
-    near = (gap_x * gap_x + gap_y * gap_y <= size * size) & valid
+    near: Bool[np.ndarray, 'n a *s'] = (gap_x * gap_x + gap_y * gap_y <= size * size) & valid
     at = np.nonzero(near)
     track = at[1]
     near[at] = _boxes_overlap(
@@ -336,12 +338,13 @@ def _boxes_overlap(
     cos = np.abs(cos_a * cos_b + sin_a * sin_b)
     sin = np.abs(sin_a * cos_b - cos_a * sin_b)
     x, y = gap[:, 0], gap[:, 1]
-    return (
+    overlap: Bool[np.ndarray, 'm'] = (
         (np.abs(x * cos_a + y * sin_a) <= length_a + length_b * cos + width_b * sin)
         & (np.abs(y * cos_a - x * sin_a) <= width_a + length_b * sin + width_b * cos)
         & (np.abs(x * cos_b + y * sin_b) <= length_b + length_a * cos + width_a * sin)
         & (np.abs(y * cos_b - x * sin_b) <= width_b + length_a * sin + width_a * cos)
     )
+    return overlap
 
 
 def _angle_off_heading(

@@ -8,9 +8,8 @@ own is exactly 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -34,7 +33,6 @@ from spanvla_ros.scoring.subscores import (
 from spanvla_ros.types import Scene, SceneEgo, SpanvlaError, Vehicle
 
 SCORER_VERSION = '1'
-STAGE_TWO_VARIANCE_M2 = 0.1
 
 Frame = Literal['ego', 'world']
 
@@ -161,9 +159,7 @@ class Scorer:
             raise SpanvlaError(f'previous: {len(previous)} plans for {len(states)} trajectories')
         return self.score_states(states, simulate_previous(previous, self._vehicle))
 
-    def simulate(
-        self, trajectories: ArrayLike, *, hz: int = 2, frame: Frame = 'ego'
-    ) -> States:
+    def simulate(self, trajectories: ArrayLike, *, hz: int = 2, frame: Frame = 'ego') -> States:
         """The simulated world states of a group of plans; arguments as in `score`."""
         poses = check_trajectories(trajectories, hz)
         if frame == 'ego':
@@ -189,7 +185,7 @@ class Scorer:
                 None if before is None else comfort.extended_comfort(now, before)
                 for now, before in zip(states, previous, strict=True)
             ]
-        return [self._scores(batch, ep, at, extended[at]) for at in range(len(states))]
+        return self._all_scores(batch, ep, extended)
 
     def evaluate(self, states: States) -> SubScores:
         """Everything about simulated world states but progress in relation to the reference."""
@@ -231,51 +227,64 @@ class Scorer:
         start = np.broadcast_to(self.prepared.start, (len(plans), simulation.STATE_SIZE))
         return simulation.simulate(plans, start, self._vehicle)
 
-    def _scores(
-        self, batch: SubScores, ep: Values, at: int, extended: ExtendedComfort | None
-    ) -> Scores:
-        own = {name: float(values[at]) for name, values in batch.gates.items()}
-        own |= {name: float(values[at]) for name, values in batch.weighted.items()}
-        own['ep'] = float(ep[at])
-        ec = None if extended is None else float(extended.passed)
-        scores = Scores(
-            nc=own['nc'],
-            dac=own['dac'],
-            ddc=own['ddc'],
-            tlc=own.get('tlc'),
-            ep=own['ep'],
-            ttc=own['ttc'],
-            comfort=own.get('comfort'),
-            lk=own.get('lk'),
-            hc=own.get('hc'),
-            ec=ec,
-            total=_total(own, self.version, ec),
-            total_without_ec=_total(own, self.version, None),
-            comfort_flags=tuple(bool(flag) for flag in batch.comfort_flags[at]),
-            collision_s=_time_s(batch.collision_step[at]),
-            ttc_infraction_s=_time_s(batch.ttc_step[at]),
-            progress_m=float(batch.progress_m[at]),
-            reference_progress_m=self._reference_m,
-            extended_comfort=extended,
-            scored_with=self.scored_with,
-        )
+    def _all_scores(
+        self, batch: SubScores, ep: Values, extended: Sequence[ExtendedComfort | None]
+    ) -> list[Scores]:
+        own = {**batch.gates, **batch.weighted, 'ep': ep}
+        ec = np.array([0.0 if one is None else float(one.passed) for one in extended])
+        plain = self._listed(batch, own, ec, extended, [None] * len(ep))
         if self.version == 'v1':
-            return scores
-        filtered = {name: 1.0 if name in self._forgiven else own[name] for name in own}
-        return replace(
-            scores,
-            **filtered,
-            total=_total(filtered, 'v2', ec),
-            total_without_ec=_total(filtered, 'v2', None),
-            unfiltered=scores,
-        )
+            return plain
+        forgiven = {
+            name: np.ones_like(values) if name in self._forgiven else values
+            for name, values in own.items()
+        }
+        return self._listed(batch, forgiven, ec, extended, plain)
+
+    def _listed(
+        self,
+        batch: SubScores,
+        own: dict[str, Values],
+        ec: Values,
+        extended: Sequence[ExtendedComfort | None],
+        unfiltered: Sequence[Scores | None],
+    ) -> list[Scores]:
+        without = total(own, self.version)
+        with_ec = total(own, self.version, ec)
+        return [
+            Scores(
+                nc=float(own['nc'][at]),
+                dac=float(own['dac'][at]),
+                ddc=float(own['ddc'][at]),
+                tlc=_at(own, 'tlc', at),
+                ep=float(own['ep'][at]),
+                ttc=float(own['ttc'][at]),
+                comfort=_at(own, 'comfort', at),
+                lk=_at(own, 'lk', at),
+                hc=_at(own, 'hc', at),
+                ec=None if one is None else float(ec[at]),
+                total=float(without[at] if one is None else with_ec[at]),
+                total_without_ec=float(without[at]),
+                comfort_flags=tuple(bool(flag) for flag in batch.comfort_flags[at]),
+                collision_s=_time_s(int(batch.collision_step[at])),
+                ttc_infraction_s=_time_s(int(batch.ttc_step[at])),
+                progress_m=float(batch.progress_m[at]),
+                reference_progress_m=self._reference_m,
+                extended_comfort=one,
+                scored_with=self.scored_with,
+                unfiltered=unfiltered[at],
+            )
+            for at, one in enumerate(extended)
+        ]
 
 
 def simulate_previous(
     previous: Sequence[PreviousPlan | None], vehicle: Vehicle = simulation.PACIFICA
 ) -> list[np.ndarray | None]:
-    """Simulated world states of earlier plans, each from its own ego; one plan given to many
-    proposals is simulated once."""
+    """Simulated world states of earlier plans, each from its own ego.
+
+    One plan given to many proposals is simulated once.
+    """
     distinct = {id(plan): plan for plan in previous if plan is not None}
     done: dict[int, np.ndarray] = {}
     for hz in {plan.hz for plan in distinct.values()}:
@@ -309,65 +318,8 @@ def check_trajectories(trajectories: ArrayLike, hz: int) -> Float64[np.ndarray, 
     return poses
 
 
-@dataclass(frozen=True)
-class SecondStagePair:
-    """Scores of one follow-up scene and of the frame before it, and where each begins (m)."""
-
-    now: float
-    before: float
-    start_now: tuple[float, float]
-    start_before: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class TwoStageGroup:
-    """First-stage totals of a frame and the one 0.5 s before, and where their plans end (m)."""
-
-    now: float
-    before: float
-    end_now: tuple[float, float]
-    end_before: tuple[float, float]
-    second_stage: tuple[SecondStagePair, ...]
-
-
-def second_stage_weights(
-    end_m: tuple[float, float], starts_m: Sequence[tuple[float, float]]
-) -> Values:
-    """How much each follow-up scene counts: a Gaussian of the distance from the plan's end.
-
-    Weights sum to 1; where all are nearly 0 they are equal.
-    """
-    gap = np.asarray(starts_m, dtype=np.float64) - np.asarray(end_m, dtype=np.float64)
-    weights = np.exp(-(gap**2).sum(axis=1) / (2.0 * STAGE_TWO_VARIANCE_M2))
-    total = float(weights.sum())
-    if math.isclose(total, 0.0, abs_tol=1e-8):
-        return np.full(len(weights), 1.0 / len(weights))
-    normalised: Values = weights / total
-    return normalised
-
-
-def two_stage_epdms(groups: Sequence[TwoStageGroup]) -> float:
-    """EPDMS over two stages: each first-stage total times its weighted follow-up, averaged.
-
-    The two frames of a group are averaged first, then the groups, as the official pseudo
-    closed-loop aggregation does.
-    """
-    if not groups or any(not group.second_stage for group in groups):
-        raise SpanvlaError('two-stage score: every group needs at least one second-stage pair')
-    totals = []
-    for group in groups:
-        pairs = group.second_stage
-        now = second_stage_weights(group.end_now, [pair.start_now for pair in pairs])
-        before = second_stage_weights(group.end_before, [pair.start_before for pair in pairs])
-        follow_now = float(now @ np.array([pair.now for pair in pairs]))
-        follow_before = float(before @ np.array([pair.before for pair in pairs]))
-        totals.append((group.now * follow_now + group.before * follow_before) / 2.0)
-    return float(np.mean(totals))
-
-
-def _total(scores: dict[str, float], version: Version, ec: float | None) -> float:
-    values = {name: np.float64(value) for name, value in scores.items()}
-    return float(total(values, version, None if ec is None else np.float64(ec)))
+def _at(scores: dict[str, Values], name: str, at: int) -> float | None:
+    return float(scores[name][at]) if name in scores else None
 
 
 def _time_s(step: int) -> float | None:

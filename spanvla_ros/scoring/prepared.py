@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 from jaxtyping import Bool, Float64
 
-from spanvla_ros.geometry import arc_length, interpolate_poses, wrap_angle, world_from_local
+from spanvla_ros.geometry import arc_length, interpolate_poses, world_from_local, wrap_angle
 from spanvla_ros.scoring import simulation
 from spanvla_ros.scoring.scene import AGENT_KINDS
 from spanvla_ros.types import Scene, SceneAgent, SceneEgo, SceneMap, Vehicle
@@ -163,7 +163,9 @@ class PreparedScene:
     human: Float64[np.ndarray, 'h 3'] | None
 
 
-def prepare(scene: Scene, version: Version, vehicle: Vehicle = simulation.PACIFICA) -> PreparedScene:
+def prepare(
+    scene: Scene, version: Version, vehicle: Vehicle = simulation.PACIFICA
+) -> PreparedScene:
     """Everything of `scene` that does not depend on a plan."""
     origin = np.array([scene.ego.x_m, scene.ego.y_m])
     start = simulation.state_of_ego(scene.ego)
@@ -275,16 +277,15 @@ def _drop_overlapping(
 ) -> Tracks:
     # v2's log replay takes whatever overlaps the ego at t = 0 out of the world for good.
     ego = shapely.polygons(_box(start[:3], vehicle))
-    boxes = shapely.polygons(
-        box_of(tracks.poses[:, 0], tracks.half_length_m, tracks.half_width_m)
-    )
+    boxes = shapely.polygons(box_of(tracks.poses[:, 0], tracks.half_length_m, tracks.half_width_m))
     return tracks.keep(~(shapely.intersects(boxes, ego) & tracks.present[:, 0]))
 
 
 def _box(rear_axle: Float64[np.ndarray, '3'], vehicle: Vehicle) -> Float64[np.ndarray, '4 2']:
     center = world_from_local(rear_axle, np.array([vehicle.rear_axle_to_center_m, 0.0, 0.0]))
     half = np.array([vehicle.length_m / 2.0]), np.array([vehicle.width_m / 2.0])
-    return box_of(center[None], *half)[0]
+    box: Float64[np.ndarray, '4 2'] = box_of(center[None], *half)[0]
+    return box
 
 
 def box_of(

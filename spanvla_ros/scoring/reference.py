@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 from jaxtyping import Bool, Float64
 
-from spanvla_ros.geometry import wrap_angle, world_from_local
+from spanvla_ros.geometry import world_from_local, wrap_angle
 from spanvla_ros.scoring import simulation
 from spanvla_ros.scoring.prepared import (
     STOPPED_MPS,
@@ -70,7 +70,7 @@ class _Forecast:
     # What is on the road for the next 5 s, as far as can be told at t = 0: objects go straight
     # on at their speed along their heading, lights keep their colour. Lights come last.
     tracks: Tracks
-    speed_mps: Float64[np.ndarray, 'o']
+    speed_mps: Float64[np.ndarray, 'a']
     lights: Areas
     ignored: Bool[np.ndarray, 'o']
     shapes: list[np.ndarray]
@@ -149,7 +149,7 @@ def _starting_lane(
             abs(float(wrap_angle(graph.paths[lane].nearest(rear_axle)[1] - start[2])))
             for lane in under
         ]
-        return under[int(np.argmin(errors))]
+        return str(under[int(np.argmin(errors))])
     box = shapely.polygons(_footprint(start[:3][None], vehicle)[0])
     center = world_from_local(start[:3], np.array([vehicle.rear_axle_to_center_m, 0.0]))
     closest, nearest = np.inf, lanes[0]
@@ -222,12 +222,13 @@ def _state_now(
 ) -> Float64[np.ndarray, '5'] | None:
     shift = np.array([*origin, 0.0, 0.0, 0.0])
     if len(agent.states) == 1:
-        return agent.states[0] - shift
+        return np.asarray(agent.states[0] - shift)
     if not agent.times_s[0] <= 0.0 <= agent.times_s[-1]:
         return None
     states = agent.states.copy()
     states[:, 2] = np.unwrap(states[:, 2])
-    return np.array([np.interp(0.0, agent.times_s, column) for column in states.T]) - shift
+    now = [np.interp(0.0, agent.times_s, column) for column in states.T]
+    return np.asarray(np.array(now) - shift)
 
 
 def _nearest(
@@ -250,9 +251,7 @@ def _red_now(forecast: _Forecast, version: Version) -> RedLights:
     steps = simulation.STEPS + 1
     if version == 'v1':
         return RedLights(Areas.build([]), np.zeros((0, steps), dtype=bool))
-    return RedLights(
-        forecast.lights, np.ones((len(forecast.lights.polygons), steps), dtype=bool)
-    )
+    return RedLights(forecast.lights, np.ones((len(forecast.lights.polygons), steps), dtype=bool))
 
 
 def _unroll(
@@ -276,7 +275,9 @@ def _unroll(
     leader = np.zeros((len(target_mps), 3))
     for step in range(1, simulation.STEPS + 1):
         if step % _FORECAST_EVERY == 0:
-            leader = _leaders(walk, corridor, forecast, step, progress, poses[:, step - 1], vehicle)
+            leader = _leaders(
+                walk, corridor, forecast, step, progress, poses[:, step - 1], vehicle
+            )
         change = _idm(progress, speed, leader, target_mps)
         progress = progress + simulation.STEP_S * speed
         speed = speed + simulation.STEP_S * change
@@ -297,7 +298,8 @@ def _idm(
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
         free = (speed / target_mps) ** _EXPONENT
     change = _ACCEL_MPS2 * (1.0 - free - (wanted / gap) ** 2)
-    return np.clip(np.nan_to_num(change, nan=-_DECEL_MPS2), -_DECEL_MPS2, _ACCEL_MPS2)
+    change = np.clip(np.nan_to_num(change, nan=-_DECEL_MPS2), -_DECEL_MPS2, _ACCEL_MPS2)
+    return np.asarray(change)
 
 
 def _leaders(
@@ -354,7 +356,9 @@ class _Walk:
         high = np.clip(np.searchsorted(self.along_m, distance), 1, len(self.along_m) - 1)
         low = high - 1
         share = (distance - self.along_m[low]) / (self.along_m[high] - self.along_m[low])
-        poses = self.poses[low] + share[:, None] * (self.poses[high] - self.poses[low])
+        poses: Float64[np.ndarray, 's 3'] = self.poses[low] + share[:, None] * (
+            self.poses[high] - self.poses[low]
+        )
         poses[:, 2] = wrap_angle(poses[:, 2])
         return poses
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import shapely
@@ -78,9 +79,7 @@ class LaneGraph:
         self.blocks = {block.roadblock_id: block for block in road.roadblocks}
         self.lanes = {lane.lane_id: lane for block in road.roadblocks for lane in block.lanes}
         self.block_of = {
-            lane.lane_id: block.roadblock_id
-            for block in road.roadblocks
-            for lane in block.lanes
+            lane.lane_id: block.roadblock_id for block in road.roadblocks for lane in block.lanes
         }
         self.polygons = {
             name: _polygon(block.polygon - origin) for name, block in self.blocks.items()
@@ -111,9 +110,7 @@ class LaneGraph:
     def lanes_of(self, route: Sequence[str]) -> dict[str, SceneLane]:
         """The lanes of a route's roadblocks, in order."""
         return {
-            lane.lane_id: lane
-            for name in dict.fromkeys(route)
-            for lane in self.blocks[name].lanes
+            lane.lane_id: lane for name in dict.fromkeys(route) for lane in self.blocks[name].lanes
         }
 
     def repair_route(
@@ -181,7 +178,7 @@ class LaneGraph:
 
     def _without_gaps(self, ids: list[str]) -> list[str]:
         filled = ids[:1]
-        for here, there in zip(ids, ids[1:], strict=False):
+        for here, there in pairwise(ids):
             if here not in self.before[there]:
                 link = self._search(here, [there], _FORWARD_DEPTH, self.after)
                 if link is not None and len(link) >= 3:

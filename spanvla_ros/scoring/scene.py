@@ -367,8 +367,8 @@ def _unique(ids: Iterable[str], where: str, what: str) -> None:
 
 
 def _ego_to_json(ego: SceneEgo) -> dict[str, float]:
-    values = (ego.x_m, ego.y_m, ego.yaw_rad, ego.vx_mps, ego.vy_mps, ego.ax_mps2, ego.ay_mps2)
-    values += (ego.steering_rad, ego.yaw_rate_radps)
+    motion = (ego.vx_mps, ego.vy_mps, ego.ax_mps2, ego.ay_mps2, ego.steering_rad)
+    values = (ego.x_m, ego.y_m, ego.yaw_rad, *motion, ego.yaw_rate_radps)
     return dict(zip(_EGO_FIELDS, map(float, values), strict=True))
 
 
@@ -404,9 +404,7 @@ def _agent_to_json(agent: SceneAgent) -> dict[str, Any]:
         dict(zip(_STATE_FIELDS, map(float, state), strict=True)) for state in agent.states
     ]
     if len(states) > 1:
-        states = [
-            {'t': float(t), **state} for t, state in zip(agent.times_s, states, strict=True)
-        ]
+        states = [{'t': float(t), **state} for t, state in zip(agent.times_s, states, strict=True)]
     return {
         'id': agent.agent_id,
         'type': agent.kind,

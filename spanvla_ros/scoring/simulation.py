@@ -180,7 +180,8 @@ def _fit_speed(
 ) -> Float64[np.ndarray, '40 n']:
     # cos^2 + sin^2 = 1 takes the headings out of the normal equations: the matrix is constant.
     forward = np.diff(x, axis=0) * cos[:-1] + np.diff(y, axis=0) * sin[:-1]
-    return _SPEED_FIT @ forward
+    speed: Float64[np.ndarray, '40 n'] = _SPEED_FIT @ forward
+    return speed
 
 
 def _fit_curvature(
@@ -193,7 +194,7 @@ def _fit_curvature(
     diagonal = step * step + 2.0 * stiffness
     diagonal[0] += _FIRST_CURVATURE_PENALTY - stiffness
     diagonal[-1] -= stiffness
-    solved = step * turned
+    solved: Float64[np.ndarray, '40 n'] = step * turned
     for i in range(1, STEPS):
         factor = stiffness / diagonal[i - 1]
         diagonal[i] -= factor * stiffness
@@ -204,10 +205,15 @@ def _fit_curvature(
     return solved
 
 
-def _windows(curvature: Float64[np.ndarray, '40 n']) -> Float64[np.ndarray, '40 10 n']:
+def _windows(
+    curvature: Float64[np.ndarray, '40 n'],
+) -> Float64[np.ndarray, '40 10 n']:
     last = np.broadcast_to(curvature[-1], (_LOOKAHEAD, curvature.shape[1]))
     padded = np.concatenate([curvature, last])
-    return padded[np.arange(STEPS)[:, None] + np.arange(_LOOKAHEAD)]
+    windows: Float64[np.ndarray, '40 10 n'] = padded[
+        np.arange(STEPS)[:, None] + np.arange(_LOOKAHEAD)
+    ]
+    return windows
 
 
 @functools.cache
@@ -226,7 +232,8 @@ def _speed_fit() -> Float64[np.ndarray, '40 40']:
     penalised = accel[:-1].copy()
     penalised[-1] -= accel[-1]
     normal = STEP_S**2 * np.eye(STEPS) + _JERK_PENALTY * penalised.T @ penalised
-    return np.linalg.inv(normal) * STEP_S
+    fit: Float64[np.ndarray, '40 40'] = np.linalg.inv(normal) * STEP_S
+    return fit
 
 
 _SPEED_FIT = _speed_fit()

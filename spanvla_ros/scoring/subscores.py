@@ -66,7 +66,7 @@ def sub_scores(
     if version == 'v1':
         flags = comfort.comfort_flags(states, 'v1')
         weighted['ddc'] = direction
-        weighted['comfort'] = flags.all(axis=1).astype(np.float64)
+        weighted['comfort'] = np.where(flags.all(axis=1), 1.0, 0.0)
     else:
         gates['ddc'] = direction
         gates['tlc'] = metrics.traffic_lights(ego, situation.red_lights)
@@ -74,7 +74,7 @@ def sub_scores(
         flags = np.ones((len(states), len(comfort.FLAGS)), dtype=bool)
         if history is not None:
             flags = comfort.comfort_flags(comfort.with_history(states, history), 'v2')
-        weighted['hc'] = flags.all(axis=1).astype(np.float64)
+        weighted['hc'] = np.where(flags.all(axis=1), 1.0, 0.0)
     progress = metrics.raw_progress_m(ego, situation.centerline)
     return SubScores(gates, weighted, flags, progress, collision_step, ttc_step, areas)
 
@@ -83,10 +83,12 @@ def total(scores: dict[str, Values], version: Version, ec: Values | None = None)
     """PDMS (v1) or EPDMS (v2) of sub-scores by name, `ep` among them; without EC, / 14."""
     if version == 'v1':
         mean = (5.0 * scores['ep'] + 5.0 * scores['ttc'] + 2.0 * scores['comfort']) / 12.0
-        return scores['nc'] * scores['dac'] * mean
+        pdms: Values = scores['nc'] * scores['dac'] * mean
+        return pdms
     gate = scores['nc'] * scores['dac'] * scores['ddc'] * scores['tlc']
     points = 5.0 * scores['ep'] + 5.0 * scores['ttc'] + 2.0 * scores['lk'] + 2.0 * scores['hc']
-    return gate * points / 14.0 if ec is None else gate * (points + 2.0 * ec) / 16.0
+    epdms: Values = gate * points / 14.0 if ec is None else gate * (points + 2.0 * ec) / 16.0
+    return epdms
 
 
 def progress_scores(
