@@ -42,9 +42,9 @@ from spanvla_ros.model.flow import euler, time_features
 from spanvla_ros.model.policy import Policy, load_policy, save_policy, swap_directory
 from spanvla_ros.model.prompt import PromptLayout
 from spanvla_ros.runtime.backend import Backend
-from spanvla_ros.runtime.graphs import graph_modules
+from spanvla_ros.runtime.gate import check_graph
 from spanvla_ros.runtime.onnx_ import INPUTS, OUTPUTS, OnnxBackend
-from spanvla_ros.runtime.torch_ import TorchBackend
+from spanvla_ros.runtime.torch_ import TorchBackend, graph_modules
 from spanvla_ros.types import SpanvlaError
 
 OPSET = 20
@@ -134,12 +134,12 @@ def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
         model = trace(module, name, examples[name])
         check_static(model, name)
         for parameter in model.graph.initializer:
-            data.move(model.graph, parameter)
+            data.move(parameter)
         counts[name] = len(model.graph.node)
         (folder / f'{name}.onnx').write_bytes(data.finish(model))
     (folder / DATA_FILE).write_bytes(data.content)
     for name in GRAPHS:
-        onnx.checker.check_model(str(folder / f'{name}.onnx'))
+        check_graph(folder / f'{name}.onnx')
     return counts
 
 
@@ -196,7 +196,7 @@ class _SharedData:
         """The data file."""
         return bytes(self._buffer)
 
-    def move(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+    def move(self, tensor: onnx.TensorProto) -> None:
         """Put a large tensor into the data file, as fp16 where that loses nothing."""
         array = numpy_helper.to_array(tensor)
         if array.nbytes < EXTERNAL_BYTES:

@@ -245,3 +245,19 @@ def build_toy(path, config=None, said=SAID):
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     return build_toy(tmp_path_factory.mktemp('models') / 'toy')
+
+
+@pytest.fixture(scope='session')
+def exported_model(tmp_path_factory):
+    """A whole model directory with fresh weights, its five graphs made by `spanvla export`."""
+    from spanvla_ros.model.policy import new_policy, save_policy
+    from spanvla_ros.runtime.export import export_model
+
+    config = ModelConfig()
+    policy = new_policy(config)
+    std = np.tile([2.0, 0.5, 0.1], (config.waypoints, 1))
+    policy.normalization = Normalization(config.source, std)
+    path = tmp_path_factory.mktemp('exported') / 'model'
+    save_policy(policy, path, training={'how': 'fresh weights'})
+    export_model(path, path)
+    return path
