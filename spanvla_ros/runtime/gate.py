@@ -47,17 +47,16 @@ DATA_DEPENDENT = frozenset(
         'Unique',
     )
 )
-OPERATORS = frozenset(
-    """
-    Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum
-    DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND
-    Gelu Gemm Greater GreaterOrEqual Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log
-    MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceL2
-    ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round
-    ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze
-    Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
-    """.split()
-)
+_OPERATOR_LIST = """
+Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum
+DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND
+Gelu Gemm Greater GreaterOrEqual Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log
+MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceL2
+ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round
+ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze
+Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
+"""
+OPERATORS = frozenset(_OPERATOR_LIST.split())
 # In bfloat16 these lose all meaning for the angles of a rotary turn or of flow time.
 ANGULAR = frozenset(('Cos', 'Sin'))
 
@@ -188,9 +187,11 @@ def _check_types(graph: onnx.GraphProto, values: list[onnx.ValueInfoProto]) -> l
     for kind in sorted(set(types.values()) - TYPES):
         example = min(name for name, other in types.items() if other == kind)
         faults.append(f'{example} is of type {_type_name(kind)}, which no engine takes')
-    for node in graph.node:
-        if node.op_type in ANGULAR and types.get(node.input[0]) == TensorProto.BFLOAT16:
-            faults.append(f'{node.op_type} of {node.input[0]} in BFLOAT16; make it a table')
+    faults += [
+        f'{node.op_type} of {node.input[0]} in BFLOAT16; make it a table'
+        for node in graph.node
+        if node.op_type in ANGULAR and types.get(node.input[0]) == TensorProto.BFLOAT16
+    ]
     return faults
 
 
