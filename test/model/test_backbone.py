@@ -118,9 +118,7 @@ def test_decoding_token_by_token_is_one_longer_pass(policy):
         found = backbone.decode(token, torch.tensor([at]), keys, values, valid)
         keys[..., at : at + 1, :], values[..., at : at + 1, :] = found.keys, found.values
         valid[:, at] = 1.0
-        torch.testing.assert_close(
-            found.hidden[:, 0], whole.hidden[:, at], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(found.hidden[:, 0], whole.hidden[:, at], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
