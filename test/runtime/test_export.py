@@ -1,0 +1,123 @@
+"""The exported graphs against torch, and what the export refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('transformers')
+pytest.importorskip('onnxscript')
+
+import onnx  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from spanvla_ros.model.action_tokens import ActionCodebook  # noqa: E402
+from spanvla_ros.model.checkpoint import GRAPHS, read_tensors  # noqa: E402
+from spanvla_ros.model.config import ModelConfig  # noqa: E402
+from spanvla_ros.model.flow import Normalization  # noqa: E402
+from spanvla_ros.model.policy import new_policy, save_policy  # noqa: E402
+from spanvla_ros.runtime import export  # noqa: E402
+from spanvla_ros.runtime.backend import open_backend  # noqa: E402
+from spanvla_ros.types import SpanvlaError  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def policy():
+    policy = new_policy(ModelConfig(), seed=0)
+    with torch.no_grad():
+        policy.expert.velocity.weight.normal_(0.0, 0.3)
+        for block in policy.expert.blocks:
+            block.modulation.weight.normal_(0.0, 0.05)
+    policy.normalization = Normalization('history', np.ones((10, 3)))
+    policy.codebook = ActionCodebook(np.zeros((256, 3)))
+    return policy
+
+
+@pytest.mark.slow
+def test_an_exported_model_plans_like_the_trained_one(policy, tmp_path):
+    save_policy(policy, tmp_path / 'model', {'stages': []})
+    report = export.export_model(tmp_path / 'model', tmp_path / 'shipped')
+    assert [entry.graph for entry in report] == list(GRAPHS)
+    assert max(entry.relative for entry in report) < 1e-5
+    files = [p for p in (tmp_path / 'shipped').rglob('*') if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 24e6
+    assert max(p.stat().st_size for p in files) < 15e6
+    golden = read_tensors(tmp_path / 'shipped' / export.GOLDEN_FILE)
+    for name in ('onnxruntime', 'torch'):
+        backend = open_backend(tmp_path / 'shipped', name)
+        for case in range(export.GOLDEN_CASES):
+            state = export.replay_case(backend, golden, case)['state']
+            np.testing.assert_allclose(state[0], golden['state'][case], atol=1e-4)
+    assert np.abs(golden['state']).max() > 0.1
+    # The same weights again are the same bytes.
+    first = {p.name: p.read_bytes() for p in (tmp_path / 'shipped/graphs').iterdir()}
+    export.export_model(tmp_path / 'shipped', tmp_path / 'again')
+    assert first == {p.name: p.read_bytes() for p in (tmp_path / 'again/graphs').iterdir()}
+
+
+def test_a_graph_is_static_and_holds_no_path_of_this_machine(policy):
+    module = export.graph_modules(policy)['step']
+    model = export.trace(module, 'step', export.example_inputs(policy)['step'])
+    export.check_static(model, 'step')
+    assert b'/spanvla_ros/' not in model.SerializeToString()
+    assert {i.domain for i in model.opset_import if i.domain} == set()
+
+
+def test_an_open_size_is_refused():
+    x = helper.make_tensor_value_info('x', TensorProto.FLOAT, ['n', 2])
+    y = helper.make_tensor_value_info('y', TensorProto.FLOAT, ['n', 2])
+    graph = helper.make_graph([helper.make_node('Relu', ['x'], ['y'])], 'open', [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 20)])
+    with pytest.raises(SpanvlaError, match='not fixed'):
+        export.check_static(model, 'open')
+
+
+def test_a_data_dependent_operator_is_refused():
+    x = helper.make_tensor_value_info('x', TensorProto.FLOAT, [4])
+    y = helper.make_tensor_value_info('y', TensorProto.INT64, [1, 4])
+    graph = helper.make_graph([helper.make_node('NonZero', ['x'], ['y'])], 'odd', [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 20)])
+    with pytest.raises(SpanvlaError, match='NonZero'):
+        export.check_static(model, 'odd')
+
+
+def test_equal_tensors_are_stored_once_and_halved_only_without_loss(tmp_path):
+    exact = np.arange(512, dtype=np.float32)
+    inexact = np.linspace(0.0, 1.0, 512, dtype=np.float32)
+    data = export._SharedData()
+    contents = []
+    for name in ('a', 'b'):
+        x = helper.make_tensor_value_info('x', TensorProto.FLOAT, [512])
+        y = helper.make_tensor_value_info('y', TensorProto.FLOAT, [512])
+        nodes = [
+            helper.make_node('Add', ['x', 'exact'], ['s']),
+            helper.make_node('Mul', ['s', 'inexact'], ['y']),
+        ]
+        tensors = [
+            numpy_helper.from_array(exact, 'exact'),
+            numpy_helper.from_array(inexact, 'inexact'),
+        ]
+        graph = helper.make_graph(nodes, name, [x], [y], tensors)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid('', 20)], ir_version=10
+        )
+        for tensor in model.graph.initializer:
+            data.move(tensor)
+        contents.append(data.finish(model))
+    assert len(data.content) == 512 * 2 + 512 * 4
+    (tmp_path / export.DATA_FILE).write_bytes(data.content)
+    (tmp_path / 'a.onnx').write_bytes(contents[0])
+    onnx.checker.check_model(str(tmp_path / 'a.onnx'))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / 'a.onnx'))
+    x = np.ones(512, np.float32)
+    np.testing.assert_array_equal(session.run(None, {'x': x})[0], (x + exact) * inexact)
+
+
+def test_an_untrained_model_is_not_exported(tmp_path):
+    save_policy(new_policy(ModelConfig()), tmp_path / 'model', {})
+    with pytest.raises(SpanvlaError, match='train it first'):
+        export.export_model(tmp_path / 'model', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
