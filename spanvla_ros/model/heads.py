@@ -17,11 +17,11 @@ FACTS = 14
 class PictureHeads(nn.Module):
     """Presence of classes per visual token, facts from attention pooling and from the prompt."""
 
-    def __init__(self, hidden: int, queries: int = 4) -> None:
-        """Make the heads for visual tokens of width `hidden`."""
+    def __init__(self, hidden: int, tokens: int, queries: int = 8) -> None:
+        """Make the heads for `tokens` visual tokens of width `hidden`."""
         super().__init__()
         self.presence = nn.Linear(hidden, CLASSES)
-        self.attention = _AttentionPool(hidden, queries)
+        self.attention = _AttentionPool(hidden, tokens, queries)
         self.pooled = nn.Sequential(
             nn.Linear(queries * hidden, 128), nn.SiLU(), nn.Linear(128, FACTS)
         )
@@ -37,12 +37,20 @@ class PictureHeads(nn.Module):
 
 
 class _AttentionPool(nn.Module):
-    def __init__(self, hidden: int, queries: int) -> None:
+    """Pools tokens by learnt queries.
+
+    The tower tells only relative places, and nothing of the camera: each token's own place is
+    added here, so that where a marking stands can be read off the pooled sum.
+    """
+
+    def __init__(self, hidden: int, tokens: int, queries: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(queries, hidden) * 0.1)
+        self.place = nn.Parameter(torch.randn(tokens, hidden) * 0.3)
         self.key = nn.Linear(hidden, hidden)
 
     def forward(self, embeds: Tensor) -> Tensor:
-        scores = torch.einsum('qd,bnd->bqn', self.query, self.key(embeds))
+        placed = embeds + self.place
+        scores = torch.einsum('qd,bnd->bqn', self.query, self.key(placed))
         weight = torch.softmax(scores.float(), -1).to(embeds.dtype)
-        return (weight @ embeds).flatten(1)
+        return (weight @ placed).flatten(1)

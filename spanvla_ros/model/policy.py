@@ -76,7 +76,7 @@ class Policy(nn.Module):
         self.expert = ActionExpert(
             self.backbone, config.expert_width, config.waypoints, config.sequence_tokens
         )
-        self.heads = PictureHeads(self.backbone.hidden)
+        self.heads = PictureHeads(self.backbone.hidden, len(layout.image_positions))
         self.normalization: Normalization | None = None
         self.codebook: ActionCodebook | None = None
 
@@ -128,7 +128,7 @@ def load_policy(model_dir: str | Path) -> Policy:
         policy = Policy(config, layout, load_network(folder / BACKBONE_DIR))
     _fill(policy.expert, folder / EXPERT_FILE)
     if HEADS_FILE in directory.files:
-        _fill(policy.heads, folder / HEADS_FILE)
+        _fill_known(policy.heads, folder / HEADS_FILE)
     if NORMALIZATION_FILE in directory.files:
         policy.normalization = load_normalization(folder, config)
     if CODEBOOK_FILE in directory.files:
@@ -209,3 +209,12 @@ def _fill(module: nn.Module, path: Path) -> None:
                 f'{tuple(parameter.shape)}; fetch it again'
             )
         parameter.copy_(torch.from_numpy(tensors[name].astype(np.float32)))
+
+
+@torch.no_grad()
+def _fill_known(module: nn.Module, path: Path) -> None:
+    """Fill what still has its name and shape; heads may change between two stages."""
+    tensors = read_tensors(path)
+    for name, parameter in module.named_parameters():
+        if name in tensors and tensors[name].shape == tuple(parameter.shape):
+            parameter.copy_(torch.from_numpy(tensors[name].astype(np.float32)))
