@@ -319,7 +319,7 @@ def _timing(drive: Recording, window: Window) -> str:
                 'ms',
                 [charts.Limit('100 ms', 100.0)],
             ),
-            charts.time_chart('Parts of a plan', lines, 'ms'),
+            *([charts.time_chart('Parts of a plan', lines, 'ms')] if lines else []),
         ),
         charts.state_band('State of the guardian', _spans(drive, window)),
     )
@@ -376,7 +376,21 @@ def _motion(drive: Recording, window: Window) -> str:
                 'rad/s',
             ),
         ),
-        charts.bird_view(route + track, height=300, ground='town-map') if keep.any() else '',
+        _overview(route + track, drive.odometry[keep, :2]) if keep.any() else '',
+    )
+
+
+def _overview(shapes: list[charts.Shape], driven: Float64[np.ndarray, 'n 2']) -> str:
+    """The driven way and what lies around it; the rest of a long route is out of the picture."""
+    low, high = driven.min(axis=0), driven.max(axis=0)
+    across, up = (high - low) / 2.0
+    height = 320
+    return charts.bird_view(
+        shapes,
+        center=(float(low[0] + across), float(low[1] + up)),
+        radius_m=max(float(up), float(across) * height / charts.WIDE) + VIEW_RADIUS_M,
+        height=height,
+        ground='town-map',
     )
 
 
@@ -425,9 +439,19 @@ def _numbers(content: Mapping[str, Any]) -> str:
         'Numbers',
         page.columns(
             page.table(['summary.json', ''], plain),
-            page.table(['stage', 'p50 ms', 'p99 ms'], stages)
-            + page.table(['state', 'share of time'], states)
-            + page.table(['reason to be degraded', 'plans'], list(content['degraded'].items()))
-            + page.table(['version', ''], libraries),
+            ''.join(
+                page.table(head, rows)
+                for head, rows in (
+                    (['stage', 'p50 ms', 'p99 ms'], stages),
+                    (['state', 'share of time'], states),
+                    (['reason to be degraded', 'plans'], list(content['degraded'].items())),
+                    (
+                        ['reason to be invalid', 'outputs'],
+                        list(content['invalid_reasons'].items()),
+                    ),
+                    (['version', ''], libraries),
+                )
+                if rows
+            ),
         ),
     )
