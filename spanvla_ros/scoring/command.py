@@ -120,7 +120,7 @@ class _Tally:
         options: argparse.Namespace,
     ) -> str:
         """What the scores were made with, as JSON."""
-        hashes = b''.join(sorted(scorer.hashes.values()))
+        hashes = b''.join(sorted(scorer.hashes))
         files = {'scenes': options.scenes, 'references': options.references, 'rows': options.rows}
         stamp: dict[str, Any] = {
             'scorer_version': SCORER_VERSION,

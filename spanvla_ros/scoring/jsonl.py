@@ -16,6 +16,7 @@ from typing import IO, Any
 from spanvla_ros.types import SpanvlaError
 
 MAX_LINE_BYTES = 16 * 2**20
+_BLOCK_BYTES = 2**20
 _GZIP_MAGIC = b'\x1f\x8b'
 
 
@@ -44,15 +45,25 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def _split(file: gzip.GzipFile | IO[bytes]) -> Iterator[Line]:
-    number = 0
-    while content := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(content) > MAX_LINE_BYTES:
-            while content and not content.endswith(b'\n'):
-                content = file.readline(MAX_LINE_BYTES)
-            yield Line(number, b'', f'is longer than {MAX_LINE_BYTES // 2**20} MiB')
-        elif content.strip():
-            yield Line(number, content.strip())
+    # Own splitting: `readline` goes through small buffers and takes seconds for a huge line.
+    number, kept, too_long = 1, bytearray(), False
+    while block := file.read(_BLOCK_BYTES):
+        *ended, open_end = block.split(b'\n')
+        for piece in ended:
+            kept += piece
+            yield from _line(number, bytes(kept), too_long=too_long)
+            number, kept, too_long = number + 1, bytearray(), False
+        kept += open_end
+        if len(kept) > MAX_LINE_BYTES:
+            kept, too_long = bytearray(), True
+    yield from _line(number, bytes(kept), too_long=too_long)
+
+
+def _line(number: int, content: bytes, *, too_long: bool) -> Iterator[Line]:
+    if too_long or len(content) > MAX_LINE_BYTES:
+        yield Line(number, b'', f'is longer than {MAX_LINE_BYTES // 2**20} MiB')
+    elif content.strip():
+        yield Line(number, content.strip())
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def number(raw: object, where: str) -> float:
         raise SpanvlaError(f'{where}: is missing')
     if not isinstance(raw, int | float) or isinstance(raw, bool):
         raise SpanvlaError(f'{where}: {raw!r:.40} is not a number')
-    if not math.isfinite(raw) or abs(raw) > MAX_MAGNITUDE:
+    # An integer too large for a float must not reach math.isfinite.
+    if abs(raw) > MAX_MAGNITUDE or not math.isfinite(raw):
         raise SpanvlaError(f'{where}: {raw!r:.40} is not a finite number below 1e8')
     return float(raw)
 
