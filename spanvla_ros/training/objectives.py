@@ -19,7 +19,7 @@ from spanvla_ros.training.batches import Batch
 # How many cells lack a class for one that has it differs by orders of magnitude.
 PRESENCE_WEIGHT = (1.0, 1.0, 2.0, 8.0, 15.0, 15.0, 15.0)
 # Lane offset and heading are small numbers that steer.
-FACT_WEIGHT = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0)
+FACT_WEIGHT = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 6.0, 4.0, 3.0, 3.0, 2.0, 2.0)
 FACT_BETA = 0.2
 SHARED_NOISE, POINT_NOISE = 1.0, 0.3
 
