@@ -176,9 +176,9 @@ class Plan:
 
 
 def _parse_plan(text: str) -> Plan:
-    if len(text.encode()) > PLAN_MAX_BYTES:
-        raise PlanError(f'plan: longer than {PLAN_MAX_BYTES} bytes; shorten its reasoning')
     try:
+        if len(text.encode()) > PLAN_MAX_BYTES:
+            raise PlanError(f'plan: longer than {PLAN_MAX_BYTES} bytes; shorten its reasoning')
         raw = json.loads(text, parse_constant=_refuse_constant)
         if not isinstance(raw, dict):
             raise PlanError('plan: not a JSON object')
@@ -187,7 +187,14 @@ def _parse_plan(text: str) -> Plan:
         return _plan_from_fields(raw)
     except PlanError:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise PlanError(f'plan: {type(error).__name__}: {error}') from error
 
 
@@ -255,6 +262,8 @@ def _number(value: object) -> float:
 def _string(value: object) -> str:
     if not isinstance(value, str):
         raise PlanError(f'plan: {value!r:.40} is not text')
+    # Half a surrogate pair is legal in JSON and in no message.
+    value.encode()
     return value
 
 

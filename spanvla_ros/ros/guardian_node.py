@@ -116,30 +116,32 @@ class GuardianNode(Node):
 
     # Inputs.
 
+    # The time is read under the lock: one read before waiting for it would lie behind that of
+    # the other thread, and the kernel would see a clock running backwards.
+
     def _on_odometry(self, message: Odometry) -> None:
-        now_ns, meter = self._now_ns(), self._meters['odometry']
         try:
             ego = replace(read_odometry(message), accel_mps2=self._accel_mps2)
+            if message.header.frame_id != self.settings.output_frame:
+                raise MessageError(
+                    f'odometry: frame {message.header.frame_id!r:.40} is not output_frame '
+                    f'{self.settings.output_frame!r}'
+                )
         except MessageError as error:
-            with self._lock:
-                self._guardian.refuse('odometry', 'unreadable')
-            meter.fault(now_ns, str(error))
-            return
-        if message.header.frame_id != self.settings.output_frame:
-            with self._lock:
-                self._guardian.refuse('odometry', 'frame')
-            meter.fault(
-                now_ns,
-                f'frame {message.header.frame_id!r:.40} is not output_frame '
-                f'{self.settings.output_frame!r}',
-            )
+            self._refuse('odometry', str(error))
             return
         with self._lock:
+            now_ns = self._now_ns()
             reason = self._guardian.on_ego(ego, now_ns)
         if reason is None:
-            meter.arrived(now_ns, ego.stamp_ns)
+            self._meters['odometry'].arrived(now_ns, ego.stamp_ns)
         else:
-            meter.fault(now_ns, reason)
+            self._meters['odometry'].fault(now_ns, reason)
+
+    def _refuse(self, source: str, sentence: str) -> None:
+        with self._lock:
+            self._guardian.refuse(source, 'unreadable')
+        self._meters[source].fault(self._now_ns(), sentence)
 
     def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
         try:
@@ -148,33 +150,35 @@ class GuardianNode(Node):
             self._meters['odometry'].fault(self._now_ns(), str(error))
 
     def _on_route(self, message: PathMessage) -> None:
-        now_ns, meter = self._now_ns(), self._meters['route']
         try:
             route = read_route(message)
         except MessageError as error:
-            with self._lock:
-                self._guardian.refuse('route', 'unreadable')
-            meter.fault(now_ns, str(error))
+            self._refuse('route', str(error))
             return
         with self._lock:
             reason = self._guardian.on_route(route)
         if reason is None:
-            meter.arrived(now_ns, route.stamp_ns)
+            self._meters['route'].arrived(self._now_ns(), route.stamp_ns)
         else:
-            meter.fault(now_ns, f'route_{reason}')
+            self._meters['route'].fault(self._now_ns(), f'route_{reason}')
 
     def _on_plan(self, message: String) -> None:
-        now_ns, meter = self._now_ns(), self._meters['plan']
         begin_s = time.perf_counter()
-        with self._lock:
-            rejection = self._guardian.on_plan_text(message.data, now_ns)
-            plan = self._guardian.plan
+        try:
+            with self._lock:
+                now_ns = self._now_ns()
+                rejection = self._guardian.on_plan_text(message.data, now_ns)
+                plan = self._guardian.plan
+        except Exception as error:
+            # No text whatever may end this process.
+            self._refuse('plan', f'{type(error).__name__}: {error}')
+            return
         self._stages.add({'judge_ms': (time.perf_counter() - begin_s) * 1e3})
         if rejection is not None:
-            meter.fault(now_ns, f'{rejection.reason.value}: {rejection.detail}')
+            self._meters['plan'].fault(now_ns, f'{rejection.reason.value}: {rejection.detail}')
             return
-        meter.arrived(now_ns, None if plan is None else plan.trajectory.stamp_ns)
-        self._publish()
+        self._meters['plan'].arrived(now_ns, None if plan is None else plan.trajectory.stamp_ns)
+        self._publish_or_report()
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         with self._lock:
@@ -197,12 +201,15 @@ class GuardianNode(Node):
         period_s = 1.0 / self.settings.output_hz
         due_s = time.monotonic()
         while not self._stop.wait(max(due_s - time.monotonic(), 0.0)):
-            try:
-                self._publish()
-            except Exception as error:
-                # The next tick is a new chance, and silence is the one thing not allowed.
-                self.get_logger().error(f'{type(error).__name__}: {error}')
+            self._publish_or_report()
             due_s = max(due_s + period_s, time.monotonic())
+
+    def _publish_or_report(self) -> None:
+        try:
+            self._publish()
+        except Exception as error:
+            # The next tick is a new chance, and silence is the one thing not allowed.
+            self.get_logger().error(f'{type(error).__name__}: {error}')
 
     def _publish(self) -> None:
         begin_s = time.perf_counter()

@@ -134,7 +134,7 @@ class FollowerSettings:
 
     vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
     output_frame: str = setting('odom', 'frame of odometry and trajectory')
-    command_hz: float = setting(40.0, 'commands a second', low=10.0, high=200.0)
+    command_hz: float = setting(30.0, 'commands a second', low=10.0, high=200.0)
     trajectory_timeout_s: float = setting(
         0.3, 'without a trajectory for this long the follower brakes fully', low=0.1, high=2.0
     )

@@ -307,16 +307,16 @@ class Guardian:
             motion.yaw_rates_radps,
             state,
             reasons,
-            (now_ns - ego.stamp_ns) * 1e-9,
+            _age_s(now_ns, ego.stamp_ns),
         )
         if in_use is None:
             return output
         return replace(
             output,
             plan_id=in_use.plan.plan_id,
-            plan_age_s=(now_ns - in_use.received_ns) * 1e-9,
-            image_age_s=(now_ns - in_use.plan.trajectory.stamp_ns) * 1e-9,
-            kv_age_s=(now_ns - in_use.plan.kv_stamp_ns) * 1e-9,
+            plan_age_s=_age_s(now_ns, in_use.received_ns),
+            image_age_s=_age_s(now_ns, in_use.plan.trajectory.stamp_ns),
+            kv_age_s=_age_s(now_ns, in_use.plan.kv_stamp_ns),
             driver=in_use.plan.driver,
         )
 
@@ -357,6 +357,11 @@ class Guardian:
             *(reason[:80] for reason in in_use.plan.degraded[:16]),
         )
         return tuple(dict.fromkeys(reason for reason in candidates if reason))
+
+
+def _age_s(now_ns: int, stamp_ns: int) -> float:
+    """Time since a stamp; one that lies ahead within the tolerances has no age yet."""
+    return max(now_ns - stamp_ns, 0) * 1e-9
 
 
 def load_vehicle(path: str) -> Vehicle:

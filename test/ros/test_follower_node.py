@@ -37,7 +37,10 @@ def steady(stamp_ns: int, radius_m: float = 1e9, frame_id: str = 'odom') -> Guar
 
 class Follow:
     def __init__(self, bus, launch):
-        self.bus, self.follower = bus, launch('follower')
+        self.bus, self.follower = (
+            bus,
+            launch('follower', odometry_timeout_s=0.5, trajectory_timeout_s=0.5),
+        )
         self.twists = bus.listen('output/twist', Twist)
         self.fill = TrajectoryMessage().fill
 

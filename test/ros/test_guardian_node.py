@@ -60,7 +60,8 @@ class Drive:
             lambda _: self.arrivals_s.append(time.monotonic()),
             50,
         )
-        self.guardian = launch('guardian')
+        # Longer than a busy test machine holds up the odometry.
+        self.guardian = launch('guardian', odometry_timeout_s=1.0)
         self.x_m, self.speed_mps, self.plan_id = 0.0, 8.0, 0
         self.planning = True
         self.clock_s = time.monotonic()
@@ -168,8 +169,8 @@ def test_odometry_that_is_no_number(drive):
         drive.bus.publish('input/odometry', drive.bus.odometry(x_m=float('nan')), 50)
 
     drive.bus.wait(lambda: drive.bus.shows('guardian: input/odometry', 'not finite'), feed)
-    assert drive.state['state'] in ('OK', 'DEGRADED')
-    assert drive.state['refused']['odometry:unreadable'] > 0
+    drive.bus.wait(lambda: drive.state['refused'].get('odometry:unreadable', 0) > 0, feed)
+    drive.until('OK')
 
 
 def test_nothing_but_bad_odometry_is_a_fault_with_full_braking(drive):

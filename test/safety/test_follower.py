@@ -239,7 +239,7 @@ class TestBrake:
         command = Follower(vehicle).command(straight, make_ego(), SECOND)
         assert self.full(command, vehicle) == 'not_finite'
 
-    @pytest.mark.parametrize('step_ns', [-1, 2_000_000_001])
+    @pytest.mark.parametrize('step_ns', [-20_000_001, 2_000_000_001])
     def test_clock_jumps_hold_until_a_newer_trajectory(self, vehicle, make_ego, step_ns):
         follower = Follower(vehicle)
         track = Track(1e6)

@@ -23,6 +23,22 @@ from spanvla_ros.types import Plan, Route, SpanvlaError, Trajectory, Vehicle
 
 SECOND = 1_000_000_000
 TICK_NS = 50_000_000
+PLAN_FIELDS = (
+    'plan_id',
+    'trajectory',
+    'origin',
+    'image_stamps_ns',
+    'kv_stamp_ns',
+    'schedule',
+    'steps',
+    'speed_mps',
+    'reasoning_stamp_ns',
+    'history',
+    'degraded',
+    'stage_ms',
+    'agreement',
+    'driver',
+)
 AHEAD = Route(SECOND, 'odom', np.array([[-20.0, 0.0], [60.0, 0.0], [200.0, 0.0]]))
 
 
@@ -154,6 +170,8 @@ def test_off_its_path_it_brakes_hard(driving, make_ego):
         ('[' * 10_000, Reason.SCHEMA),
         ('x' * 65_000, Reason.SCHEMA),
         ('{"schema_version": 1, "trajectory": NaN}', Reason.SCHEMA),
+        ('{"schema_version": 1, "trajectory": [1]}', Reason.SCHEMA),
+        ('\ud800', Reason.SCHEMA),
     ],
 )
 def test_garbage_is_refused_and_the_last_plan_kept(driving, text, reason):
@@ -161,6 +179,26 @@ def test_garbage_is_refused_and_the_last_plan_kept(driving, text, reason):
     output = driving.tick(SECOND + TICK_NS)
     assert (output.state, output.reasons) == (DEGRADED, ('rejected:schema',))
     assert driving.counts.refused == (('plan:schema', 1),)
+
+
+@pytest.mark.parametrize('value', [None, 1, [], 'x', {'total_ms': None}, {'odd': 1.0}])
+@pytest.mark.parametrize('field', PLAN_FIELDS)
+def test_a_field_of_the_wrong_kind_is_refused_or_harmless(driving, make_plan, edit, field, value):
+    rejection = driving.on_plan_text(edit(make_plan(), **{field: value}), SECOND + 1)
+    assert rejection is None or rejection.reason is Reason.SCHEMA
+
+
+def test_half_a_surrogate_pair_never_gets_as_far_as_a_message(driving, make_plan, edit):
+    text = edit(make_plan(), degraded=['\ud800'])
+    assert driving.on_plan_text(text, SECOND + 1).reason is Reason.SCHEMA
+
+
+def test_a_small_correction_of_the_clock_is_no_jump_and_makes_no_negative_age(driving):
+    driving.tick(SECOND)
+    output = driving.tick(SECOND - 10_000_000)
+    assert output.state == OK
+    assert output.odometry_age_s == 0.0
+    assert output.image_age_s == 0.0
 
 
 def test_a_good_plan_ends_the_complaint(driving, make_plan):
@@ -352,22 +390,6 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
-)
-PLAN_FIELDS = (
-    'plan_id',
-    'trajectory',
-    'origin',
-    'image_stamps_ns',
-    'kv_stamp_ns',
-    'schedule',
-    'steps',
-    'speed_mps',
-    'reasoning_stamp_ns',
-    'history',
-    'degraded',
-    'stage_ms',
-    'agreement',
-    'driver',
 )
 
 
