@@ -105,13 +105,7 @@ def _check(options: argparse.Namespace) -> None:
         raise SpanvlaError(f'--seed {options.seed}: must lie between 0 and 2147483647')
     if options.vehicle:
         Vehicle.load(options.vehicle)
-    if not _reference_drives(options):
-        load_model_dir(options.model or shipped_model_dir())
-
-
-def _reference_drives(options: argparse.Namespace) -> bool:
-    """Whether the town's reference driver stands in the planner's slot."""
-    return bool(_overrides(options.overrides)['town'].get('reference_plans'))
+    load_model_dir(options.model or shipped_model_dir())
 
 
 def _remove_part(recording: Path) -> None:
@@ -198,9 +192,7 @@ class Drive:
             for name in ('guardian', 'follower', 'town'):
                 given[name]['vehicle_file'] = options.vehicle
         overrides = _overrides(options.overrides)
-        if _reference_drives(options):
-            del given['planner']
-        elif not options.model:
+        if not options.model:
             given['planner']['model_dir'] = str(shipped_model_dir())
         return {name: {**given[name], **overrides[name]} for name in given}
 
@@ -279,8 +271,7 @@ class Drive:
         return ''
 
     def _why(self) -> str:
-        planner = self.nodes.get('planner')
-        return f'planner: {planner.last_line() or "said nothing"}' if planner else 'no planner'
+        return f'planner: {self.nodes["planner"].last_line() or "said nothing"}'
 
     def _stop(self) -> None:
         # The recorder goes last, so that it sees the others stop the car.

@@ -174,9 +174,6 @@ class TownSettings:
     wait_for_driver: bool = setting(
         default=True, text='hold the world still until the first command that moves the car'
     )
-    reference_plans: bool = setting(
-        default=False, text='publish plans of the reference driver, for a drive without a planner'
-    )
     command_timeout_s: float = setting(
         0.5, 'without a command for this long the car brakes by itself', low=0.05, high=5.0
     )

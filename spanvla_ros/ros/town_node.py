@@ -34,11 +34,9 @@ from spanvla_ros.ros.parameters import TownSettings, declare
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.scoring.scene import scene_to_json
 from spanvla_ros.town.camera import Renderer, camera_matrix
-from spanvla_ros.town.driver import ReferenceDriver
 from spanvla_ros.town.elements import Box, GroundPolygon, Tint
 from spanvla_ros.town.scenarios import make_world, ranges_sha256
-from spanvla_ros.town.traffic import World
-from spanvla_ros.types import DriveCommand, EgoState, Observation, Scene, SceneMap, Vehicle
+from spanvla_ros.types import DriveCommand, EgoState, Scene, SceneMap, Vehicle
 
 ODOMETRY_HZ = 50.0
 SCENE_PERIOD_S = 0.1
@@ -60,7 +58,6 @@ class Exposure:
     pose: np.ndarray
     boxes: tuple[Box, ...]
     tint: Tint
-    world: World | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,6 @@ class TownNode(Node):
         self._status = self.create_publisher(String, 'town/status', latched)
         kind = CompressedImage if self.settings.image_transport == 'compressed' else Image
         tail = '/compressed' if kind is CompressedImage else ''
-        self._plans = self.create_publisher(String, 'plan', 1)
-        self._plan_id = 0
         self._images = {}
         self._infos = {}
         for camera in self.cameras:
@@ -208,8 +203,7 @@ class TownNode(Node):
             for box in self.world.boxes()
             if math.hypot(box.x_m - ego.x_m, box.y_m - ego.y_m) < SIGHT_M
         )
-        twin = self.world.clone() if self.settings.reference_plans else None
-        exposure = Exposure(stamp_ns, ego.pose, boxes, self.world.tint, twin)
+        exposure = Exposure(stamp_ns, ego.pose, boxes, self.world.tint)
         try:
             self._exposures.put_nowait(exposure)
         except queue.Full:
@@ -308,8 +302,6 @@ class TownNode(Node):
                 near, near_of = _within(ground, place, SIGHT_M + SIGHT_STEP_M), place
             pictures = renderer.draw(near, exposure.boxes, exposure.tint, exposure.pose)
             drawn_s = time.perf_counter()
-            if exposure.world is not None:
-                self._publish_reference_plan(exposure.world, exposure.stamp_ns)
             for camera, picture in zip(self.cameras, pictures, strict=True):
                 self._publish_picture(camera, picture, exposure.stamp_ns)
             self._meter.add(
@@ -318,19 +310,6 @@ class TownNode(Node):
                     'publish_ms': (time.perf_counter() - drawn_s) * 1e3,
                 }
             )
-
-    def _publish_reference_plan(self, world: World, stamp_ns: int) -> None:
-        none = np.zeros((0, 3))
-        ego = replace(world.ego, stamp_ns=stamp_ns)
-        observation = Observation(stamp_ns, (), ego, none, np.zeros(0, np.bool_), None)
-        self._plan_id += 1
-        plan = replace(
-            ReferenceDriver(world).plan(observation),
-            plan_id=self._plan_id,
-            image_stamps_ns=(stamp_ns,),
-            kv_stamp_ns=stamp_ns,
-        )
-        self._plans.publish(String(data=plan.to_json()))
 
     def _publish_picture(self, camera: CameraSpec, picture: np.ndarray, stamp_ns: int) -> None:
         stamp = Time(nanoseconds=stamp_ns).to_msg()
