@@ -99,9 +99,7 @@ def cast(camera, ground, boxes, pose):
 
 def settled(classes):
     """Pixels whose neighbours, two each way, are all of one class: no edge runs near them."""
-    windows = sliding_window_view(
-        np.pad(classes, 2, constant_values=-1), (5, 5)
-    )
+    windows = sliding_window_view(np.pad(classes, 2, constant_values=-1), (5, 5))
     return (windows == classes[..., None, None]).all(axis=(2, 3))
 
 
@@ -143,7 +141,10 @@ def a_town(rng):
 def test_each_pixel_shows_what_its_ray_meets_first(seed):
     rng = np.random.default_rng(seed)
     ground, boxes = a_town(rng)
-    cameras = [replace(FRONT, pitch_deg=p, yaw_deg=y) for p, y in ((0.0, 0.0), (6.0, 55.0), (-4.0, -100.0))]
+    cameras = [
+        replace(FRONT, pitch_deg=p, yaw_deg=y)
+        for p, y in ((0.0, 0.0), (6.0, 55.0), (-4.0, -100.0))
+    ]
     pose = (rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(-0.3, 0.3))
     drawn = Renderer(cameras).draw_classes(ground, boxes, pose)
     for picture, camera in zip(drawn, cameras, strict=True):
