@@ -19,7 +19,9 @@ PAGES = [README, ROOT / 'models' / 'README.md', *sorted((ROOT / 'docs').glob('*.
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 NAMED = re.compile(r'`((?:spanvla_ros|test|\.ci)/[\w/.]+?\.py):([\w.]+)`')
 LINK = re.compile(r'\]\(([^)\s]+)\)')
-COMMAND = re.compile(r'`(?:\.venv/bin/)?spanvla ([a-z]\w*)|^(?:\.venv/bin/)?spanvla ([a-z]\w*)', re.M)
+COMMAND = re.compile(
+    r'`(?:\.venv/bin/)?spanvla ([a-z]\w*)|^(?:\.venv/bin/)?spanvla ([a-z]\w*)', re.M
+)
 # What tools leave behind and git ignores.
 LEFT_BEHIND = {'out', 'build', 'install', 'log', 'incidents', 'htmlcov', '__pycache__'}
 
