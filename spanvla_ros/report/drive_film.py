@@ -1,4 +1,4 @@
-"""The film of a drive: at each chosen moment the pictures, the plan in them, the view from above."""
+"""The film of a drive: at each moment the pictures, the plan in them, the view from above."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def film(
     vehicle: Vehicle,
     namespace: str,
 ) -> str:
-    """The film of the recording at `path`; the page must hold the `MAP_LAYER` drawn by `ground`."""
+    """The film of the recording at `path`; the page must hold `ground` as its `MAP_LAYER`."""
     views = {view.name: view for view in cameras}
     order = [view.name for view in sorted(cameras, key=lambda view: -view.yaw_deg)]
     frames = [
