@@ -6,8 +6,13 @@ the same held-out seeds.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from spanvla_ros.model.config import ModelConfig
@@ -49,6 +54,41 @@ class Episode:
     def content(self) -> dict[str, Any]:
         """As one line of `episodes.jsonl`."""
         return {**asdict(self), 'states': dict(self.states)}
+
+
+class EpisodeBook:
+    """Finished drives, a JSON line each, kept as they come so that a long run can go on."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; a line torn by a broken-off run is left out."""
+        self.path = path
+        self._rows: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text(encoding='utf-8').splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    self._rows.append(json.loads(line))
+            # Whole lines only from here on.
+            text = ''.join(json.dumps(row) + '\n' for row in self._rows)
+            temporary = path.with_name(f'.{path.name}.part')
+            temporary.write_text(text, encoding='utf-8')
+            os.replace(temporary, path)
+
+    def finished(self, driver: str, made_with: str) -> dict[tuple[str, int], Episode]:
+        """Drives of a driver made with the same settings, by family and seed."""
+        found = {}
+        for row in self._rows:
+            if (row.get('driver'), row.get('made_with')) == (driver, made_with):
+                values = {key: value for key, value in row.items() if key != 'made_with'}
+                values['states'] = tuple(sorted(values['states'].items()))
+                found[row['family'], row['seed']] = Episode(**values)
+        return found
+
+    def add(self, episode: Episode, made_with: str) -> None:
+        """Write one more drive."""
+        row = {**episode.content(), 'made_with': made_with}
+        self._rows.append(row)
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(row, allow_nan=False) + '\n')
 
 
 def drive(
@@ -112,6 +152,17 @@ def drive(
 def held_out_seeds(episodes: int) -> range:
     """The seeds of a closed-loop comparison."""
     return range(HELD_OUT_SEED, HELD_OUT_SEED + episodes)
+
+
+def code_sha256() -> str:
+    """A hash of the sources that closed-loop drives run through."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for layer in ('geometry.py', 'types.py', 'model', 'runtime', 'safety', 'town'):
+        place = root / layer
+        for file in sorted(place.rglob('*.py')) if place.is_dir() else [place]:
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Estimate]:

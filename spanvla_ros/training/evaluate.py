@@ -1,7 +1,8 @@
 """`spanvla evaluate`: a model on held-out scenes, in open and in closed loop.
 
 Every number stands with its 95 % interval and with what made it: scene set, seeds, ranges, model,
-schedule, steps. Nothing here needs torch unless its backend is asked for.
+schedule, steps. Nothing here needs torch unless its backend is asked for. Finished drives are kept
+in `episodes.jsonl`: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from spanvla_ros.town.driver import BlindRouteFollower, ConstantVelocity
 from spanvla_ros.town.scenarios import FAMILIES, HELD_OUT_SEED, MIX, ranges_sha256
 from spanvla_ros.training import closed_loop, open_loop
 from spanvla_ros.training.bridge_check import swapped_layers
-from spanvla_ros.training.closed_loop import MODEL, REFERENCES, TWIN, Episode
+from spanvla_ros.training.closed_loop import MODEL, REFERENCES, TWIN, Episode, EpisodeBook
 from spanvla_ros.training.contestants import (
     Contestant,
     DriveJob,
@@ -44,6 +45,7 @@ from spanvla_ros.types import SpanvlaError
 CHUNK = 20
 MIRRORED_ROWS = 200
 SWAPPED_ROWS = 60
+EPISODES_FILE = 'episodes.jsonl'
 SCHEMA_VERSION = 1
 
 Content = dict[str, Any]
@@ -61,6 +63,7 @@ class Evaluation:
     families: tuple[str, ...]
     rows: int
     closed_loop: bool
+    drivers: tuple[str, ...]
     episodes: int
     plan_period_s: float
     latency_s: float
@@ -76,6 +79,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         '--compare', type=Path, help='a second model, such as the twin trained without pictures'
     )
     parser.add_argument('--closed-loop', action='store_true', help='also drive whole episodes')
+    parser.add_argument(
+        '--drivers',
+        nargs='+',
+        default=[MODEL, TWIN, *REFERENCES],
+        choices=(MODEL, TWIN, *REFERENCES),
+        metavar='NAME',
+        help=f'who drives: {MODEL}, {TWIN} (with --compare), {", ".join(REFERENCES)}',
+    )
     parser.add_argument('--episodes', type=int, default=100, help='drives a family and driver')
     parser.add_argument(
         '--families', nargs='+', default=list(FAMILIES), choices=(*FAMILIES, MIX), metavar='NAME'
@@ -99,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
         families=tuple(options.families),
         rows=options.rows,
         closed_loop=options.closed_loop,
+        drivers=tuple(options.drivers),
         episodes=options.episodes,
         plan_period_s=options.plan_period,
         latency_s=options.latency,
@@ -185,6 +197,7 @@ def stamp(wanted: Evaluation, shards: ShardSet, chosen: np.ndarray) -> Content:
         'rows_in_set': len(shards),
         'families': list(wanted.families),
         'ranges_sha256': ranges_sha256(),
+        'code_sha256': closed_loop.code_sha256(),
         'episodes': wanted.episodes if wanted.closed_loop else 0,
         'episode_seeds': [HELD_OUT_SEED, HELD_OUT_SEED + wanted.episodes]
         if wanted.closed_loop
@@ -296,25 +309,27 @@ def _spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
 def _closed_loop(wanted: Evaluation, config: ModelConfig) -> Content:
     if not wanted.closed_loop:
         return {}
-    drivers: list[tuple[str, Contestant | None]] = [(MODEL, wanted.model)]
-    if wanted.twin is not None:
-        drivers.append((TWIN, wanted.twin))
-    drivers += [(name, None) for name in REFERENCES]
-    jobs = [
-        DriveJob(driver, family, seed, config, contestant, wanted.plan_period_s, wanted.latency_s)
-        for driver, contestant in drivers
-        for family in wanted.families
-        for seed in closed_loop.held_out_seeds(wanted.episodes)
-    ]
-    episodes: dict[str, list[Episode]] = {name: [] for name, _ in drivers}
-    with tqdm(total=len(jobs), unit='drive', desc='closed loop') as bar:
-        for episode in in_parallel(do_drive, jobs, wanted.workers):
-            episodes[episode.driver].append(episode)
-            bar.update()
-            bar.set_postfix_str(f'{episode.driver} {episode.family}')
-    _write_lines(
-        wanted.out / 'episodes.jsonl', [e.content() for every in episodes.values() for e in every]
-    )
+    book = EpisodeBook(wanted.out / EPISODES_FILE)
+    episodes: dict[str, list[Episode]] = {}
+    for driver, contestant in _drivers(wanted):
+        maker = _maker(wanted, contestant)
+        jobs = [
+            DriveJob(
+                driver, family, seed, config, contestant, wanted.plan_period_s, wanted.latency_s
+            )
+            for family in wanted.families
+            for seed in closed_loop.held_out_seeds(wanted.episodes)
+        ]
+        done = book.finished(driver, maker)
+        waiting = [job for job in jobs if (job.family, job.seed) not in done]
+        with tqdm(
+            total=len(jobs), initial=len(jobs) - len(waiting), unit='drive', desc=driver
+        ) as bar:
+            for episode in in_parallel(do_drive, waiting, wanted.workers):
+                book.add(episode, maker)
+                done[episode.family, episode.seed] = episode
+                bar.update()
+        episodes[driver] = [done[job.family, job.seed] for job in jobs]
     found: Content = {
         'closed_loop': {
             name: {
@@ -324,11 +339,32 @@ def _closed_loop(wanted: Evaluation, config: ModelConfig) -> Content:
             for name, every in episodes.items()
         },
     }
-    if wanted.twin is not None:
+    if {MODEL, TWIN} <= set(episodes):
         found['closed_loop_twin_minus_model'] = _flat(
             closed_loop.paired(episodes[MODEL], episodes[TWIN])
         )
     return found
+
+
+def _drivers(wanted: Evaluation) -> list[tuple[str, Contestant | None]]:
+    chosen: list[tuple[str, Contestant | None]] = []
+    for name in wanted.drivers:
+        if name == MODEL:
+            chosen.append((MODEL, wanted.model))
+        elif name != TWIN:
+            chosen.append((name, None))
+        elif wanted.twin is not None:
+            chosen.append((TWIN, wanted.twin))
+    return chosen
+
+
+def _maker(wanted: Evaluation, contestant: Contestant | None) -> str:
+    """A hash of all that decides how a driver's drives go."""
+    parts = [closed_loop.code_sha256(), ranges_sha256(), wanted.plan_period_s, wanted.latency_s]
+    if contestant is not None:
+        planner = open_planner(contestant)
+        parts += [planner.model_sha256, planner.schedule, planner.steps, planner.backend.name]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _top(summary: Content) -> Content:
@@ -365,14 +401,6 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, content: Content) -> None:
-    _write_text(path, json.dumps(content, indent=1, allow_nan=False) + '\n')
-
-
-def _write_lines(path: Path, rows: Sequence[Content]) -> None:
-    _write_text(path, ''.join(json.dumps(row, allow_nan=False) + '\n' for row in rows))
-
-
-def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    temporary.write_text(text, encoding='utf-8')
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
     os.replace(temporary, path)

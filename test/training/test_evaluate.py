@@ -12,7 +12,7 @@ from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.town.scenarios import Ranges
 from spanvla_ros.training import closed_loop
 from spanvla_ros.training.bridge_check import swapped_layers
-from spanvla_ros.training.closed_loop import Episode
+from spanvla_ros.training.closed_loop import Episode, EpisodeBook
 from spanvla_ros.training.contestants import Contestant, is_blind, open_planner
 from spanvla_ros.training.data.scenes import SceneRequest, draw_scenes
 from spanvla_ros.training.data.shards import ShardSet
@@ -137,6 +137,19 @@ def test_a_twin_trained_blind_is_known_by_its_manifest(model):
     assert is_blind(Directory())
     Directory.training = {'stages': [{'settings': {}}]}
     assert not is_blind(Directory())
+
+
+def test_finished_drives_are_not_driven_again(tmp_path):
+    book = EpisodeBook(tmp_path / 'episodes.jsonl')
+    book.add(EPISODE, 'settings a')
+    with open(book.path, 'a') as file:
+        file.write('{"driver": "model", "fam')
+    again = EpisodeBook(book.path)
+    assert again.finished('model', 'settings a') == {('turns', 1_000_000): EPISODE}
+    assert again.finished('model', 'settings b') == {}
+    assert again.finished('twin', 'settings a') == {}
+    again.add(replace(EPISODE, seed=1_000_001), 'settings a')
+    assert len(EpisodeBook(book.path).finished('model', 'settings a')) == 2
 
 
 def test_rates_over_drives_by_hand():
