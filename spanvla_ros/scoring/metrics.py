@@ -218,7 +218,7 @@ def lane_keeping(ego: Footprints, areas: EgoAreas, centerline: Centerline) -> Va
     Steps inside intersections neither add to nor end a run.
     """
     points = shapely.points(ego.centers)
-    off = shapely.distance(points, centerline.line) > _LANE_LIMIT_M
+    off = ~shapely.dwithin(centerline.line, points, _LANE_LIMIT_M)
     skipped = areas.in_intersection
     run = np.zeros(len(off), dtype=np.int64)
     longest = run.copy()

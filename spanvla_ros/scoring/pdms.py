@@ -118,7 +118,7 @@ class Scorer:
         self.prepared: PreparedScene = prepare(scene, version, vehicle)
         self._vehicle = vehicle
         self._offset = np.array([*self.prepared.origin, 0.0])
-        self._situation = Situation(
+        self.situation = Situation(
             version=version,
             tracks=self.prepared.tracks,
             ground=self.prepared.ground,
@@ -191,14 +191,14 @@ class Scorer:
         """Everything about simulated world states but progress in relation to the reference."""
         local = states.copy()
         local[..., :2] -= self.prepared.origin
-        return sub_scores(local, self._situation, self.prepared.history, self._vehicle)
+        return sub_scores(local, self.situation, self.prepared.history, self._vehicle)
 
     def areas(self, states: States) -> metrics.EgoAreas:
         """Where the vehicle stands at each step of simulated world states."""
         local = states.copy()
         local[..., :2] -= self.prepared.origin
         ego = metrics.footprints(local, self._vehicle)
-        return metrics.ego_areas(ego, self.prepared.ground, self._situation.on_route)
+        return metrics.ego_areas(ego, self.prepared.ground, self.situation.on_route)
 
     def _measure_reference(self) -> tuple[float, float]:
         reference = self.reference
@@ -209,9 +209,9 @@ class Scorer:
             states[..., :2] -= self.prepared.origin
         if reference.multiplier is not None:
             ego = metrics.footprints(states, self._vehicle)
-            progress = metrics.raw_progress_m(ego, self._situation.centerline)
+            progress = metrics.raw_progress_m(ego, self.situation.centerline)
             return float(progress[0]), reference.multiplier
-        batch = sub_scores(states, self._situation, None, self._vehicle)
+        batch = sub_scores(states, self.situation, None, self._vehicle)
         return float(batch.progress_m[0]), float(batch.multiplier[0])
 
     def _human_failures(self) -> frozenset[str]:
@@ -219,7 +219,7 @@ class Scorer:
         assert self.prepared.human is not None
         start = self.prepared.start[None]
         plan = simulation.resample(self.prepared.human[None], 2, start[:, :3])
-        batch = sub_scores(self._track(plan), self._situation, None, self._vehicle)
+        batch = sub_scores(self._track(plan), self.situation, None, self._vehicle)
         scored = {**batch.gates, **batch.weighted}
         return frozenset(name for name, values in scored.items() if values[0] == 0.0)
 

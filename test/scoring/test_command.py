@@ -45,7 +45,9 @@ def bad_rows(golden) -> list[tuple[object, str]]:
         (with_scene(lambda s: s.update(agents=[agent, agent])), 'is there twice'),
         (with_scene(lambda s: s['map'].update(roadblocks=[])), 'map.roadblocks: is empty'),
         (
-            with_scene(lambda s: s.update(agents=[{**agent, 'id': f'{i}'} for i in range(10_000)])),
+            with_scene(
+                lambda s: s.update(agents=[{**agent, 'id': f'{i}'} for i in range(10_000)])
+            ),
             'agents: 10000 items',
         ),
         ({**row, 'scene': 'syn_d037'}, 'scene: must be the scene object'),

@@ -98,9 +98,7 @@ def test_a_reference_is_measured_as_the_official_code_measured_it(golden):
         for version in ('v1', 'v2'):
             given = golden.reference(name, version)
             bare = type(given)(given.centerline, given.route_lane_ids, given.plan)
-            ours = Scorer(scene, version, bare).score(
-                golden.plans(name)[:1], hz=2, frame='world'
-            )
+            ours = Scorer(scene, version, bare).score(golden.plans(name)[:1], hz=2, frame='world')
             theirs = Scorer(scene, version, given).score(
                 golden.plans(name)[:1], hz=2, frame='world'
             )

@@ -142,7 +142,15 @@ def test_a_fault_is_one_sentence_that_names_the_field(sentence):
 
 def test_a_ring_that_touches_itself_within_rounding_is_repaired():
     raw = tiny_scene()
-    ring = [[0.0, 0.0], [5.0, 0.0], [5.0, 1e-9], [10.0, 0.0], [10.0, 10.0], [5.0, 0.0], [0.0, 10.0]]
+    ring = [
+        [0.0, 0.0],
+        [5.0, 0.0],
+        [5.0, 1e-9],
+        [10.0, 0.0],
+        [10.0, 10.0],
+        [5.0, 0.0],
+        [0.0, 10.0],
+    ]
     raw['map']['intersections'] = [ring]
     assert len(scene_from_json(raw).map.intersections) == 1
 
