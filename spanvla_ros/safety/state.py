@@ -336,11 +336,15 @@ class Guardian:
         in_use = self._plan_within_age(now_ns)
         if in_use is None or path is None:
             motion, stop = self._stop(ego, path)
-            why = self._rejection or ('no_plan' if self._plan is None else 'plan_too_old')
-            return motion, FALLBACK, (why, stop)
+            return motion, FALLBACK, (self._why_no_plan(in_use), stop)
         motion = follow_plan(ego, *self._bounds, in_use.path, in_use.profile)
         reasons = self._reservations(in_use, ego, now_ns)
         return motion, DEGRADED if reasons else OK, reasons
+
+    def _why_no_plan(self, in_use: _PlanInUse | None) -> str:
+        if in_use is not None:
+            return 'off_path'
+        return self._rejection or ('no_plan' if self._plan is None else 'plan_too_old')
 
     def _stop(self, ego: EgoState, path: Path | None) -> tuple[Motion, str]:
         if path is None:

@@ -155,11 +155,20 @@ def test_a_plan_that_stands_is_held_in_state_ok(guardian, make_ego, make_plan):
 
 
 def test_off_its_path_it_brakes_hard(driving, make_ego):
+    # What was refused before is not why it brakes.
+    driving.on_plan_text('{}', SECOND + 1)
     now_ns = SECOND + 500_000_000
     driving.on_ego(make_ego(stamp_ns=now_ns, x_m=4.0, y_m=2.5), now_ns)
     output = driving.tick(now_ns)
     assert output.state == FALLBACK
-    assert output.reasons == ('plan_too_old', 'hard_stop')
+    assert output.reasons == ('off_path', 'hard_stop')
+    assert driving.tick(SECOND + 1_200_000_000).reasons[0] == 'odometry_stale'
+
+
+def test_off_the_path_of_an_old_plan_the_plan_is_too_old(driving, make_ego):
+    now_ns = SECOND + 1_200_000_000
+    driving.on_ego(make_ego(stamp_ns=now_ns, x_m=4.0, y_m=2.5), now_ns)
+    assert driving.tick(now_ns).reasons == ('plan_too_old', 'hard_stop')
 
 
 @pytest.mark.parametrize(
