@@ -170,17 +170,18 @@ def perturbed(moment: _Moment, rng: np.random.Generator, ranges: Ranges) -> Snap
         # A standing car lies as it drove up: nearly straight.
         side, turn = 0.4 * side, 0.4 * turn
     road_yaw = world.corridor.place(world.ego_s_m, 0.0)[2]
+    bend = world.corridor.curvature_at(world.ego_s_m)
     moved = replace(
         ego,
         x_m=ego.x_m - math.sin(road_yaw) * side,
         y_m=ego.y_m + math.cos(road_yaw) * side,
         yaw_rad=(ego.yaw_rad + turn + math.pi) % (2 * math.pi) - math.pi,
         speed_mps=speed,
+        steering_rad=math.atan(bend * world.vehicle.wheelbase_m),
     )
     if consistent:
         history = moment.past.copy()
     else:
-        bend = world.corridor.curvature_at(world.ego_s_m)
         if speed < 0.2 and draws[2] < 0.7:
             accel = 0.0
         history = _independent_past(world, speed, float(accel))
