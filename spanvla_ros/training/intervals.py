@@ -55,7 +55,8 @@ def ratio_of(
     bottom = np.bincount(owner, below, len(names))
     mean = float(above.sum() / below.sum())
     low, high = np.percentile(_drawn_ratios(top, bottom), LEVEL).tolist()
-    return Estimate(mean, low, high, len(above))
+    # With a single drive all draws are equal, but for the last bit of their sums.
+    return Estimate(mean, min(low, mean), max(high, mean), len(above))
 
 
 def _drawn_ratios(
