@@ -1,7 +1,7 @@
 """How fast plans are scored on this machine, by batch size and by part of the work.
 
-Scenes are drawn here, so the measurement needs no data: a straight four-lane road with traffic, and
-a busy one with as many objects and lanes as a city intersection. Times are CPU seconds of one
+Scenes are drawn here, so the measurement needs no data: a straight four-lane road with a little
+traffic, and a wide one with as many objects as a busy city street. Times are CPU seconds of one
 process with one thread, because a shared machine makes wall time meaningless; wall time stands
 beside them.
 """
@@ -52,9 +52,9 @@ OFFICIAL_SCRIPT_MS = {
     ('busy', 'v2'): 51.5,
 }
 HOW = (
-    'ratio = official ms for each proposal / our CPU ms for each proposal at batch 64; the official '
-    'figures were taken on an AMD EPYC at 2.6 GHz on real and drawn scenes of the same size, ours on '
-    'this machine on drawn scenes; both one process, one thread, scene preparation not counted'
+    'ratio = official ms / our CPU ms, for one proposal at batch 64; the official figures were '
+    'taken on an AMD EPYC at 2.6 GHz on synthetic and real scenes with as many objects, ours on '
+    'this machine on drawn scenes; both one process, one thread, preparing a scene not counted'
 )
 
 
@@ -132,7 +132,7 @@ def drawn_scene(agents: int, lanes: int) -> Scene:
         for at, y in enumerate(centers)
     )
     whole = strip(centers[0] - width / 2.0, centers[-1] + width / 2.0)
-    road = SceneMap((SceneRoadblock('A', False, whole, made),))
+    road = SceneMap((SceneRoadblock('A', is_connector=False, polygon=whole, lanes=made),))
     times_s = np.arange(-3, 11) * 0.5
     others = []
     for at in range(agents):
@@ -234,9 +234,7 @@ def _table(times: list[BatchTime], summary: dict[str, Any]) -> str:
 def _processor() -> str:
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
-            names = [
-                line.split(':', 1)[1].strip() for line in file if line.startswith('model name')
-            ]
+            named = [line for line in file if line.startswith('model name')]
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or 'unknown'
+        named = []
+    return named[0].split(':', 1)[1].strip() if named else platform.processor() or 'unknown'

@@ -295,5 +295,6 @@ def test_what_cannot_be_scored_is_refused_not_zero(plans, sentence):
 
 def test_ten_pose_plans_score_like_their_first_four_seconds():
     scorer = Scorer(road(), 'v2', reference(road()))
-    longer = np.concatenate([straight(), straight()[-2:] + [8.0, 5.0, 0.0]])
+    beyond = straight()[-2:] + np.array([8.0, 5.0, 0.0])
+    longer = np.concatenate([straight(), beyond])
     assert scorer.score(longer[None]) == scorer.score(straight()[None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -169,12 +170,9 @@ json_values = st.recursive(
 def test_any_wrong_value_is_refused_or_read_but_never_crashes(field, value):
     raw = tiny_scene()
     raw[field] = value
-    try:
-        scene = scene_from_json(raw)
-    except SpanvlaError as refused:
-        assert str(refused)
-    else:
-        assert np.isfinite([scene.ego.x_m, scene.ego.y_m, scene.ego.yaw_rad]).all()
+    with contextlib.suppress(SpanvlaError):
+        ego = scene_from_json(raw).ego
+        assert np.isfinite([ego.x_m, ego.y_m, ego.yaw_rad]).all()
 
 
 @pytest.mark.parametrize(
