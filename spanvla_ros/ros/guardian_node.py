@@ -8,9 +8,11 @@ imports no model code.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from geometry_msgs.msg import AccelWithCovarianceStamped
@@ -47,6 +49,7 @@ LATCHED = QoSProfile(
     reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
+PRIORITY = -10
 LAST_WORD = Duration(nanoseconds=300_000_000)
 LEVELS = {'STANDBY': OK, 'OK': OK, 'DEGRADED': WARN, 'FALLBACK': ERROR, 'FAULT': ERROR}
 
@@ -270,7 +273,12 @@ class GuardianNode(Node):
 
 
 def main() -> int:
-    """Run the guardian until a signal."""
+    """Run the guardian until a signal, ahead of the other processes where that is allowed."""
+    with suppress(OSError):
+        # Before any thread starts, since each inherits it; only a privileged user may.
+        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+    # The thread that publishes waits at most this long for one that reads a message.
+    sys.setswitchinterval(0.001)
     return run_node(GuardianNode)
 
 
