@@ -35,7 +35,7 @@ EXTRAS = {
         *OPENCV,
     ],
     'onnx': ['onnxruntime>=1.20'],
-    'gpu': ['onnxruntime-gpu>=1.20', 'tensorrt>=10.3'],
+    'gpu': ['cuda-python>=12.6', 'onnxruntime-gpu>=1.20', 'tensorrt>=10.3'],
     'town': TOWN,
     'train': [
         *TOWN,

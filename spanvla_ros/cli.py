@@ -93,6 +93,7 @@ COMMANDS = {
 
 # The extra that brings each optional library, by the name it is imported under.
 EXTRA_OF_PACKAGE = {
+    'cuda': 'gpu',
     'cv2': 'town',
     'onnx': 'train',
     'onnxruntime': 'onnx',

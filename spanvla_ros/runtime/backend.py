@@ -8,7 +8,9 @@ and 0 for one that is masked. The Euler loop, the schedule and sampling belong t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +22,7 @@ from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
 Array = np.ndarray
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -61,7 +64,11 @@ class Backend(Protocol):
         values: Float32[Array, 'l 1 g s e'],
         valid: Float32[Array, '1 s'],
     ) -> tuple[Float32[Array, '1 v'], Float32[Array, 'l 1 g 1 e'], Float32[Array, 'l 1 g 1 e']]:
-        """Logits after one more token at sequence index `position` >= P, and its keys, values."""
+        """Logits after one more token at sequence index `position` >= P, and its keys, values.
+
+        Whoever passes the same two arrays again at the next position has written into them, at
+        `position`, what this returned, and nothing else: an engine may keep them on its device.
+        """
 
     def step(
         self,
@@ -73,6 +80,41 @@ class Backend(Protocol):
         valid: Float32[Array, '1 s'],
     ) -> Float32[Array, '1 t 3']:
         """Velocity of the flow at normalised trajectory `x`."""
+
+
+@dataclass(frozen=True)
+class DeviceCache:
+    """Bridged keys and values that stay on the device of the engine that made them."""
+
+    version: int
+
+
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """An engine that runs a plan without bringing keys, values or flow states to the host."""
+
+    def condition(
+        self,
+        ids: Int64[Array, '1 p'],
+        embeds: Float32[Array, 'i d'],
+        valid: Float32[Array, '1 p'],
+    ) -> DeviceCache:
+        """Prefill for the expert; holds until the next `condition` or `step`."""
+
+    def flow(
+        self,
+        start: Float32[Array, '1 t 3'],
+        ego: Float32[Array, '1 m'],
+        cache: DeviceCache,
+        steps: int,
+    ) -> Float32[Array, '1 t 3']:
+        """The state at time 1 after `steps` Euler steps from `start` at time 0."""
+
+
+def _load_tensorrt(directory: ModelDirectory, *, may_build: bool = True) -> Backend:
+    from spanvla_ros.runtime.tensorrt_ import TensorRTBackend
+
+    return TensorRTBackend(directory, may_build=may_build)
 
 
 def _load_onnxruntime(directory: ModelDirectory) -> Backend:
@@ -92,10 +134,17 @@ def _load_torch(directory: ModelDirectory) -> Backend:
     return backend
 
 
+def _load_built_tensorrt(directory: ModelDirectory) -> Backend:
+    return _load_tensorrt(directory, may_build=False)
+
+
 LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
+    'tensorrt': _load_tensorrt,
     'onnxruntime': _load_onnxruntime,
     'torch': _load_torch,
 }
+# `auto` starts nothing that takes minutes: it uses TensorRT where the engines are built.
+AUTO_LOADERS = {**LOADERS, 'tensorrt': _load_built_tensorrt}
 
 
 def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> Backend:
@@ -103,8 +152,8 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
 
     Args:
         model_dir: the model directory, or one already verified.
-        name: `onnxruntime`, `torch`, or `auto`: ONNX Runtime where the directory holds graphs
-            and the library is installed, else torch.
+        name: `tensorrt`, `onnxruntime`, `torch`, or `auto`: the first of these that can run the
+            model here; why each one before it was refused is logged.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.
@@ -114,13 +163,18 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
     directory = model_dir if isinstance(model_dir, ModelDirectory) else load_model_dir(model_dir)
     if name != 'auto':
         return LOADERS[name](directory)
-    if directory.has_graphs:
-        try:
-            return _load_onnxruntime(directory)
-        except MissingExtraError:
-            try:
-                return _load_torch(directory)
-            except MissingExtraError:
-                pass
-            raise
-    return _load_torch(directory)
+    refusals: list[str] = []
+    for candidate in AUTO_LOADERS:
+        backend = _try(candidate, directory, refusals)
+        if backend is not None:
+            return backend
+    raise SpanvlaError(f'{directory.path}: no backend runs it here; {"; ".join(refusals)}')
+
+
+def _try(name: str, directory: ModelDirectory, refusals: list[str]) -> Backend | None:
+    try:
+        return AUTO_LOADERS[name](directory)
+    except SpanvlaError as error:
+        _log.info('backend %s refused: %s', name, error)
+        refusals.append(f'{name}: {error}')
+        return None

@@ -33,7 +33,14 @@ LOCK_TIMEOUT_S = 3600.0
 LOCK_POLL_S = 0.05
 BUILD_ATTEMPTS = 2
 # Largest waypoint difference on the golden inputs an engine may have, by precision.
-WAYPOINT_BOUNDS_M = {'fp32': 1e-3, 'fp16': 0.02, 'bf16': 0.05, 'int8': 0.1, 'fp8': 0.1}
+WAYPOINT_BOUNDS_M = {
+    'fp32': 1e-3,
+    'tf32': 0.02,
+    'fp16': 0.02,
+    'bf16': 0.05,
+    'int8': 0.1,
+    'fp8': 0.1,
+}
 _log = logging.getLogger(__name__)
 
 
@@ -219,9 +226,9 @@ class EngineStore:
             'build_s': round(build_s, 3),
         }
         _passport_path(path).unlink(missing_ok=True)
-        _write_durably(path, content)
+        write_durably(path, content)
         text = json.dumps(passport, indent=1, allow_nan=False) + '\n'
-        _write_durably(_passport_path(path), text.encode())
+        write_durably(_passport_path(path), text.encode())
 
     def _nearest(self, key: EngineKey) -> Diagnosis:
         """Why none of the engines of the same graph is the right one."""
@@ -327,7 +334,7 @@ def _difference(theirs: Mapping[str, Any], ours: EngineKey) -> Diagnosis | None:
     return None
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     """Write under a temporary name, bring it to the disk, then rename."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:

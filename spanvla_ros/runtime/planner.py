@@ -32,8 +32,15 @@ from spanvla_ros.model.flow import (
 from spanvla_ros.model.inputs import ego_features, pixels
 from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
 from spanvla_ros.model.reasoning import agreement, meta_action
-from spanvla_ros.runtime.backend import Backend, open_backend
-from spanvla_ros.runtime.reasoner import Prompt, Reasoner, Reasoning, ThinkMeter, padded
+from spanvla_ros.runtime.backend import Backend, DeviceBackend, DeviceCache, open_backend
+from spanvla_ros.runtime.reasoner import (
+    AnswerCache,
+    Prompt,
+    Reasoner,
+    Reasoning,
+    ThinkMeter,
+    padded,
+)
 from spanvla_ros.runtime.settling import settled
 from spanvla_ros.types import (
     SCHEDULES,
@@ -62,9 +69,7 @@ class Bridge:
     reasoning: str
     reasoning_stamp_ns: int | None
     thinking: str
-    keys: Float32[np.ndarray, 'b 1 g s e']
-    values: Float32[np.ndarray, 'b 1 g s e']
-    valid: Float32[np.ndarray, '1 s']
+    cache: AnswerCache | DeviceCache
 
 
 class Planner:
@@ -127,6 +132,7 @@ class Planner:
         schedule: str | None = None,
         steps: int | None = None,
         vision_every: int = 1,
+        frame_id: str = 'odom',
     ) -> Planner:
         """Verify a model directory, load it on an engine and warm it up."""
         directory = load_model_dir(model_dir)
@@ -139,6 +145,7 @@ class Planner:
             steps=steps,
             vision_every=vision_every,
             model_sha256=directory.sha256,
+            frame_id=frame_id,
         )
         planner.warm_up()
         return planner
@@ -273,17 +280,24 @@ class Planner:
         return self._bridge
 
     def _prompt_bridge(self, observation: Observation, prompt: Prompt) -> Bridge:
-        config = self.config
-        keys, values = self.backend.prefill_action(prompt.ids, prompt.embeds, prompt.valid)
         return Bridge(
             stamp_ns=observation.stamp_ns,
             image_stamps_ns=_image_stamps(observation),
             reasoning=observation.reasoning,
             reasoning_stamp_ns=observation.reasoning_stamp_ns,
             thinking='none' if self._reasoning is None else self._reasoning.thinking,
-            keys=padded(keys, config.sequence_tokens),
-            values=padded(values, config.sequence_tokens),
-            valid=np.pad(prompt.valid, ((0, 0), (0, config.answer_tokens))),
+            cache=self._prefill(prompt),
+        )
+
+    def _prefill(self, prompt: Prompt) -> AnswerCache | DeviceCache:
+        config, backend = self.config, self.backend
+        if isinstance(backend, DeviceBackend):
+            return backend.condition(prompt.ids, prompt.embeds, prompt.valid)
+        keys, values = backend.prefill_action(prompt.ids, prompt.embeds, prompt.valid)
+        return AnswerCache(
+            padded(keys, config.sequence_tokens),
+            padded(values, config.sequence_tokens),
+            np.pad(prompt.valid, ((0, 0), (0, config.answer_tokens))),
         )
 
     def _reasoned_bridge(self, observation: Observation, prompt: Prompt) -> Bridge:
@@ -296,9 +310,11 @@ class Planner:
             reasoning=said.text,
             reasoning_stamp_ns=said.stamp_ns,
             thinking=said.thinking,
-            keys=np.ascontiguousarray(cache.keys[layers]),
-            values=np.ascontiguousarray(cache.values[layers]),
-            valid=cache.valid,
+            cache=AnswerCache(
+                np.ascontiguousarray(cache.keys[layers]),
+                np.ascontiguousarray(cache.values[layers]),
+                cache.valid,
+            ),
         )
 
     def _encode_pictures(self, observation: Observation) -> Float32[np.ndarray, 'i d']:
@@ -326,18 +342,22 @@ class Planner:
         return np.concatenate([np.zeros_like(present) if row is None else row for row in rows])
 
     def _flow(self, observation: Observation, bridge: Bridge) -> Float64[np.ndarray, 't 3']:
-        config = self.config
+        config, backend, cache = self.config, self.backend, bridge.cache
         ego = ego_features(observation)[None]
 
         def velocity(x: np.ndarray, at: float) -> np.ndarray:
+            assert isinstance(cache, AnswerCache)
             features = time_features(at)[None]
-            moved: np.ndarray = self.backend.step(
-                x[None], features, ego, bridge.keys, bridge.values, bridge.valid
+            moved: np.ndarray = backend.step(
+                x[None], features, ego, cache.keys, cache.values, cache.valid
             )[0]
             return moved
 
         start = start_state(config.source, config.waypoints)
-        x: Float32[np.ndarray, 't 3'] = euler(velocity, start, self.steps)
+        if isinstance(backend, DeviceBackend) and isinstance(cache, DeviceCache):
+            x = backend.flow(start[None], ego, cache, self.steps)[0]
+        else:
+            x = euler(velocity, start, self.steps)
         source = source_path(config.source, observation, config.times_s)
         return decode_trajectory(x, source, self._normalization.std)
 
