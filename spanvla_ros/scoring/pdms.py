@@ -161,14 +161,7 @@ class Scorer:
 
     def simulate(self, trajectories: ArrayLike, *, hz: int = 2, frame: Frame = 'ego') -> States:
         """The simulated world states of a group of plans; arguments as in `score`."""
-        poses = check_trajectories(trajectories, hz)
-        if frame == 'ego':
-            local = world_from_local([0.0, 0.0, self.prepared.start[2]], poses)
-        else:
-            local = poses - self._offset
-        start = np.broadcast_to(self.prepared.start, (len(local), simulation.STATE_SIZE))
-        plans = simulation.resample(local, hz, start[:, :3])
-        states = simulation.simulate(plans, start, self._vehicle)
+        states = self._track(self._sampled(trajectories, hz, frame))
         states[..., :2] += self.prepared.origin
         return states
 
@@ -223,9 +216,22 @@ class Scorer:
         scored = {**batch.gates, **batch.weighted}
         return frozenset(name for name, values in scored.items() if values[0] == 0.0)
 
+    def _sampled(
+        self, trajectories: ArrayLike, hz: int, frame: Frame
+    ) -> Float64[np.ndarray, 'n 41 3']:
+        """10 Hz plans in the prepared scene's frame."""
+        poses = check_trajectories(trajectories, hz)
+        if frame == 'ego':
+            local = world_from_local([0.0, 0.0, self.prepared.start[2]], poses)
+        else:
+            local = poses - self._offset
+        return simulation.resample(local, hz, self._starts(len(local))[:, :3])
+
+    def _starts(self, count: int) -> Float64[np.ndarray, 'n 11']:
+        return np.broadcast_to(self.prepared.start, (count, simulation.STATE_SIZE))
+
     def _track(self, plans: Float64[np.ndarray, 'n 41 3']) -> States:
-        start = np.broadcast_to(self.prepared.start, (len(plans), simulation.STATE_SIZE))
-        return simulation.simulate(plans, start, self._vehicle)
+        return simulation.simulate(plans, self._starts(len(plans)), self._vehicle)
 
     def _all_scores(
         self, batch: SubScores, ep: Values, extended: Sequence[ExtendedComfort | None]
@@ -276,6 +282,39 @@ class Scorer:
             )
             for at, one in enumerate(extended)
         ]
+
+
+def score_scenes(
+    scorers: Sequence[Scorer],
+    trajectories: Sequence[ArrayLike],
+    *,
+    hz: int = 2,
+    frame: Frame = 'ego',
+) -> list[list[Scores]]:
+    """Score one group of plans in each of many scenes; all are simulated in a single batch.
+
+    Args:
+        scorers: one a scene, all of one vehicle.
+        trajectories: for each scene its plans `[n, t, 3]`, as in `Scorer.score`.
+        hz: 2 or 10, the same for all.
+        frame: as in `Scorer.score`.
+    """
+    if len(scorers) != len(trajectories):
+        raise SpanvlaError(f'trajectories: {len(trajectories)} groups for {len(scorers)} scenes')
+    if not scorers:
+        return []
+    plans = [
+        scorer._sampled(group, hz, frame)
+        for scorer, group in zip(scorers, trajectories, strict=True)
+    ]
+    starts = [scorer._starts(len(group)) for scorer, group in zip(scorers, plans, strict=True)]
+    states = simulation.simulate(
+        np.concatenate(plans), np.concatenate(starts), scorers[0]._vehicle
+    )
+    groups = np.split(states, np.cumsum([len(group) for group in plans])[:-1])
+    for scorer, group in zip(scorers, groups, strict=True):
+        group[..., :2] += scorer.prepared.origin
+    return [scorer.score_states(group) for scorer, group in zip(scorers, groups, strict=True)]
 
 
 def simulate_previous(

@@ -66,7 +66,7 @@ class Areas:
     bounds: Float64[np.ndarray, 'p 4']
 
     @staticmethod
-    def build(rings: Iterable[Float64[np.ndarray, 'n 2']]) -> Areas:
+    def build(rings: Iterable[Float64[np.ndarray, '_ 2']]) -> Areas:
         """Areas of rings; a ring that touches itself is repaired by a zero-width buffer."""
         polygons = np.array([shapely.polygons(ring) for ring in rings], dtype=object)
         if not polygons.size:
@@ -264,7 +264,7 @@ def prepare_ground(
 
 
 def _near_areas(
-    rings: Sequence[Float64[np.ndarray, 'n 2']],
+    rings: Sequence[Float64[np.ndarray, '_ 2']],
     origin: Float64[np.ndarray, '2'],
     center: shapely.Point,
 ) -> Areas:

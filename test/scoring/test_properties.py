@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spanvla_ros.geometry import wrap_angle
-from spanvla_ros.scoring.pdms import PreviousPlan, Scorer
+from spanvla_ros.scoring.pdms import PreviousPlan, Scorer, score_scenes
 from spanvla_ros.scoring.reference import Reference
 from spanvla_ros.types import (
     Scene,
@@ -165,6 +165,19 @@ def test_a_batch_equals_its_rows_and_order_is_irrelevant(golden, version):
         shuffled = scorer.score(plans[order], frame='world')
         expected = [together[at] for at in order]
         np.testing.assert_allclose(values(shuffled), values(expected), atol=1e-9)
+
+
+def test_many_scenes_at_once_score_like_each_alone(golden):
+    names = ('syn_d037', 'syn_d072', 'syn_d091')
+    scorers = [Scorer(golden.scenes[n], 'v2', golden.reference(n, 'v2')) for n in names]
+    plans = [golden.plans(name) for name in names]
+    together = score_scenes(scorers, plans, frame='world')
+    for scorer, group, scores in zip(scorers, plans, together, strict=True):
+        alone = scorer.score(group, frame='world')
+        np.testing.assert_allclose(values(scores), values(alone), atol=1e-9)
+    assert score_scenes([], []) == []
+    with pytest.raises(SpanvlaError, match='2 groups for 3 scenes'):
+        score_scenes(scorers, plans[:2])
 
 
 def test_ego_and_world_frames_agree(golden):
