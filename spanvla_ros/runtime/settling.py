@@ -21,9 +21,9 @@ def settled(
     """The plan without wriggling near standstill and without reversing.
 
     A pose that has not moved on along the last kept pose's heading by at least 0.2 m/s since the
-    previous time repeats the kept pose; progress adds up, so slow starts stay. A standing car
-    whose whole plan leads less than 0.5 m ahead stays where it is. Faster parts of a plan are
-    never touched.
+    previous time repeats the kept pose; progress adds up, so slow starts stay, and a plan that
+    overshoots its halt does not roll back. A standing car whose whole plan leads less than 0.5 m
+    ahead stays where it is. Parts of a plan that move on are never touched.
 
     Args:
         poses: poses in `base_link`.
@@ -35,7 +35,8 @@ def settled(
     for index, step_s in enumerate(np.diff(times_s, prepend=0.0)):
         dx, dy = poses[index, 0] - kept[0], poses[index, 1] - kept[1]
         ahead_m = np.cos(kept[2]) * dx + np.sin(kept[2]) * dy
-        if ahead_m >= CREEP_MPS * step_s or np.hypot(dx, dy) >= STANDSTILL_TRAVEL_M:
+        turned = ahead_m > 0.0 and np.hypot(dx, dy) >= STANDSTILL_TRAVEL_M
+        if ahead_m >= CREEP_MPS * step_s or turned:
             kept = poses[index]
         calm[index] = kept
     if abs(speed_mps) < STANDSTILL_MPS and np.hypot(*calm[-1, :2]) < STANDSTILL_TRAVEL_M:

@@ -267,3 +267,12 @@ def test_driving_and_a_slow_start_are_not_touched(step_s):
     calm = settled(start, times_s, 0.0)
     assert np.abs(calm - start).max() < 0.05
     assert np.array_equal(calm[-1], start[-1])
+
+
+def test_a_plan_that_overshoots_its_halt_does_not_roll_back() -> None:
+    """Even a large step back, a wavering of the far waypoints, is no way to drive."""
+    along = np.array([2.0, 3.5, 4.2, 3.4, 3.9, 3.3, 4.0, 3.2, 3.6, 3.1])
+    poses = np.stack([along, np.zeros(10), np.zeros(10)], axis=-1)
+    calm = settled(poses, TIMES, 4.0)
+    assert np.array_equal(calm[:3], poses[:3])
+    assert (calm[3:] == poses[2]).all()
