@@ -13,6 +13,7 @@ from jaxtyping import Float64
 STANDSTILL_MPS = 0.3
 STANDSTILL_TRAVEL_M = 0.5
 CREEP_MPS = 0.2
+ROLL_BACK_M = 2.0
 
 
 def settled(
@@ -22,7 +23,8 @@ def settled(
 
     A pose that has not moved on along the last kept pose's heading by at least 0.2 m/s since the
     previous time repeats the kept pose; progress adds up, so slow starts stay, and a plan that
-    overshoots its halt does not roll back. A standing car whose whole plan leads less than 0.5 m
+    overshoots its halt by less than 2 m does not roll back. A plan that reverses farther is left
+    for the guardian to refuse. A standing car whose whole plan leads less than 0.5 m
     ahead stays where it is. Parts of a plan that move on are never touched.
 
     Args:
@@ -35,6 +37,8 @@ def settled(
     for index, step_s in enumerate(np.diff(times_s, prepend=0.0)):
         dx, dy = poses[index, 0] - kept[0], poses[index, 1] - kept[1]
         ahead_m = np.cos(kept[2]) * dx + np.sin(kept[2]) * dy
+        if ahead_m < -ROLL_BACK_M:
+            return poses.copy()
         turned = ahead_m > 0.0 and np.hypot(dx, dy) >= STANDSTILL_TRAVEL_M
         if ahead_m >= CREEP_MPS * step_s or turned:
             kept = poses[index]
