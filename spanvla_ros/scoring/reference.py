@@ -29,7 +29,7 @@ from spanvla_ros.scoring.prepared import (
 from spanvla_ros.scoring.routes import LaneGraph, Path, centerline_of
 from spanvla_ros.scoring.scene import AGENT_KINDS
 from spanvla_ros.scoring.subscores import Situation, progress_scores, sub_scores, total
-from spanvla_ros.types import Scene, SceneAgent, Vehicle
+from spanvla_ros.types import Scene, SceneAgent, SpanvlaError, Vehicle
 
 SPEED_FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
 LATERAL_OFFSETS_M = (0.0, -1.0, 1.0)
@@ -93,6 +93,8 @@ def pdm_closed(
     graph = LaneGraph(scene.map, origin)
     route = graph.repair_route(scene.route, start[:3])
     lanes = graph.lanes_of(route)
+    if not lanes:
+        raise SpanvlaError(f'scene {scene.name!r:.80}: its route has no lane')
     ground = prepare_ground(scene.map, scene.ego, origin, vehicle)
     forecast = _forecast(scene, origin, start, graph, set(lanes), vehicle)
     lane = _starting_lane(graph, ground, list(lanes), start, vehicle)

@@ -238,6 +238,8 @@ def _roadblock(raw: object, where: str) -> SceneRoadblock:
     if kind not in ('ROADBLOCK', 'ROADBLOCK_CONNECTOR'):
         raise SpanvlaError(f'{where}.type: {kind!r:.40} is no ROADBLOCK or ROADBLOCK_CONNECTOR')
     lanes = sequence(field(roadblock, 'lanes', where), f'{where}.lanes', MAX_ROADBLOCKS)
+    if not lanes:
+        raise SpanvlaError(f'{where}.lanes: is empty')
     return SceneRoadblock(
         roadblock_id=text(field(roadblock, 'id', where), f'{where}.id'),
         is_connector=kind == 'ROADBLOCK_CONNECTOR',

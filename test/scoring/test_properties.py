@@ -306,6 +306,13 @@ def test_what_cannot_be_scored_is_refused_not_zero(plans, sentence):
         scorer.score(plans)
 
 
+def test_a_route_without_lanes_is_refused():
+    scene = road()
+    block = replace(scene.map.roadblocks[0], lanes=())
+    with pytest.raises(SpanvlaError, match='its route has no lane'):
+        Scorer(replace(scene, map=SceneMap((block,))))
+
+
 def test_ten_pose_plans_score_like_their_first_four_seconds():
     scorer = Scorer(road(), 'v2', reference(road()))
     beyond = straight()[-2:] + np.array([8.0, 5.0, 0.0])

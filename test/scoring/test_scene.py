@@ -77,6 +77,7 @@ REFUSALS = {
     'ego.vx: is missing': lambda s: s['ego'].pop('vx'),
     "ego.heading: 'north' is not a number": lambda s: s['ego'].update(heading='north'),
     'map.roadblocks: is empty': lambda s: s['map'].update(roadblocks=[]),
+    'map.roadblocks[0].lanes: is empty': lambda s: s['map']['roadblocks'][0].update(lanes=[]),
     'map: is missing': lambda s: s.pop('map'),
     'map.roadblocks[0].polygon: the polygon crosses itself': lambda s: s['map']['roadblocks'][
         0
