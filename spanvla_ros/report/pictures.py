@@ -156,16 +156,18 @@ def film(frames: Sequence[tuple[str, str]], period_ms: int = 250) -> str:
     """Frames `(label, fragment)` shown one at a time, with a slider and a play button."""
     if not frames:
         return '<p class="remark">No frames were recorded.</p>'
+    # Still pages (a print, a thumbnail) show a moment of the drive, not its first instant.
+    shown = len(frames) // 3
     body = ''.join(
-        f'<div class="frame{" on" if index == 0 else ""}" data-label="{escape(label)}">'
+        f'<div class="frame{" on" if index == shown else ""}" data-label="{escape(label)}">'
         f'{fragment}</div>'
         for index, (label, fragment) in enumerate(frames)
     )
     return (
         f'<div class="film" data-period="{period_ms}">{body}<div class="controls">'
         '<button type="button">Play</button>'
-        f'<input type="range" min="0" max="{len(frames) - 1}" value="0" aria-label="moment">'
-        f'<output>{escape(frames[0][0])}</output></div></div>'
+        f'<input type="range" min="0" max="{len(frames) - 1}" value="{shown}" '
+        f'aria-label="moment"><output>{escape(frames[shown][0])}</output></div></div>'
     )
 
 

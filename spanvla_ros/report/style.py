@@ -90,7 +90,7 @@ label.textContent=frames[i].dataset.label};
 const stop=()=>{clearInterval(timer);timer=0;button.textContent='Play'};
 range.addEventListener('input',()=>{stop();show(+range.value)});
 button.addEventListener('click',()=>{if(timer){stop();return}button.textContent='Pause';
-timer=setInterval(()=>show((+range.value+1)%frames.length),+film.dataset.period)});show(0)}
+timer=setInterval(()=>show((+range.value+1)%frames.length),+film.dataset.period)});show(+range.value)}
 for(const chart of document.querySelectorAll('.chart[data-points]')){
 const data=JSON.parse(chart.dataset.points),svg=chart.querySelector('svg'),
 tip=chart.querySelector('.tip'),rule=svg.querySelector('.rule');
