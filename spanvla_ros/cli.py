@@ -55,7 +55,11 @@ COMMANDS = {
     'bench': Command(
         'spanvla_ros.bench',
         'measure how long the parts take on this machine',
-        ('spanvla bench --only scoring --out out/bench',),
+        (
+            'spanvla bench --only model --budget 100ms --out out/bench',
+            'spanvla bench --only decoders --out out/decoders',
+            'spanvla bench --only scoring --out out/scoring',
+        ),
     ),
     'scenes': Command(
         'spanvla_ros.training.data.scenes',

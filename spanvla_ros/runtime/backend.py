@@ -123,6 +123,18 @@ def _load_onnxruntime(directory: ModelDirectory) -> Backend:
     return OnnxBackend(directory)
 
 
+def _load_onnxruntime_cuda(directory: ModelDirectory) -> Backend:
+    from spanvla_ros.runtime.onnx_ import CUDA, OnnxBackend
+
+    return OnnxBackend(directory, providers=CUDA)
+
+
+def _load_onnxruntime_tensorrt(directory: ModelDirectory) -> Backend:
+    from spanvla_ros.runtime.onnx_ import TENSORRT, OnnxBackend
+
+    return OnnxBackend(directory, providers=TENSORRT)
+
+
 def _load_torch(directory: ModelDirectory) -> Backend:
     try:
         from spanvla_ros.runtime.torch_ import TorchBackend
@@ -141,10 +153,16 @@ def _load_built_tensorrt(directory: ModelDirectory) -> Backend:
 LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
     'tensorrt': _load_tensorrt,
     'onnxruntime': _load_onnxruntime,
+    'onnxruntime-cuda': _load_onnxruntime_cuda,
+    'onnxruntime-tensorrt': _load_onnxruntime_tensorrt,
     'torch': _load_torch,
 }
 # `auto` starts nothing that takes minutes: it uses TensorRT where the engines are built.
-AUTO_LOADERS = {**LOADERS, 'tensorrt': _load_built_tensorrt}
+AUTO_LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
+    'tensorrt': _load_built_tensorrt,
+    'onnxruntime': _load_onnxruntime,
+    'torch': _load_torch,
+}
 
 
 def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> Backend:
@@ -152,8 +170,9 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
 
     Args:
         model_dir: the model directory, or one already verified.
-        name: `tensorrt`, `onnxruntime`, `torch`, or `auto`: the first of these that can run the
-            model here; why each one before it was refused is logged.
+        name: `tensorrt`, `onnxruntime` (CPU), `torch`, or `auto`: the first of these that can run
+            the model here; why each one before it was refused is logged. `onnxruntime-cuda` and
+            `onnxruntime-tensorrt` are taken only when named.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.

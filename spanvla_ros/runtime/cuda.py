@@ -157,16 +157,16 @@ class Device:
         except Exception as error:
             # It comes again in the plain run; here capture must end, or the stream stays in it.
             failure = error
-        error, graph = self._api.cudaStreamEndCapture(self.stream)
+        status, graph = self._api.cudaStreamEndCapture(self.stream)
         success = self._api.cudaError_t.cudaSuccess
-        if failure is None and error == success:
-            error, launchable = self._api.cudaGraphInstantiate(graph, 0)
-            if error == success:
+        if failure is None and status == success:
+            status, launchable = self._api.cudaGraphInstantiate(graph, 0)
+            if status == success:
                 self._graphs.append(launchable)
                 self.check('cudaGraphDestroy', graph)
                 return launchable
         self._api.cudaGetLastError()
-        _log.warning('no CUDA graph (%s); enqueueing each call instead', failure or error)
+        _log.warning('no CUDA graph (%s); enqueueing each call instead', failure or status)
         return None
 
     def launch(self, graph: Any) -> None:

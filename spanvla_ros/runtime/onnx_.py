@@ -19,6 +19,8 @@ from spanvla_ros.types import MissingExtraError, SpanvlaError
 
 Array = np.ndarray
 CPU = ('CPUExecutionProvider',)
+CUDA = ('CUDAExecutionProvider', *CPU)
+TENSORRT = ('TensorrtExecutionProvider', *CUDA)
 INPUTS: Mapping[str, tuple[str, ...]] = {
     'vision': ('pixels',),
     'prefill_action': ('ids', 'embeds', 'valid'),

@@ -777,6 +777,13 @@ def test_auto_takes_built_engines_only_and_says_why(gpu, directory, caplog):
     assert open_backend(directory).name == 'tensorrt'
 
 
+@pytest.mark.parametrize('name', ['onnxruntime-cuda', 'onnxruntime-tensorrt'])
+def test_an_execution_provider_that_is_not_in_the_build_is_named(directory, name, monkeypatch):
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: ['CPUExecutionProvider'])
+    with pytest.raises(SpanvlaError, match=r'provider \w+ExecutionProvider is not in this build'):
+        open_backend(directory, name)
+
+
 def test_without_the_libraries_or_a_gpu_auto_goes_on(monkeypatch, directory, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(sys.modules, 'tensorrt', None)

@@ -1,0 +1,223 @@
+"""`spanvla bench --only model`: stage times beside their floor, whole plans, a budget kept.
+
+Wall times tell what a vehicle would see on this machine as it is now; CPU times hold on a shared
+one. Graphs run on one thread. Floors: `runtime.roofline`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spanvla_ros.model.checkpoint import GRAPHS, ModelDirectory, load_model_dir, shipped_model_dir
+from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.flow import load_normalization
+from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
+from spanvla_ros.runtime.backend import Backend, open_backend
+from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.runtime.roofline import Ceiling, measure_ceiling, work_of
+from spanvla_ros.runtime.timing import (
+    Timing,
+    at_least_one,
+    circumstances,
+    rows,
+    stage_calls,
+    time_in_turns,
+    write_summary,
+)
+from spanvla_ros.types import CameraFrame, EgoState, Observation
+
+REPEATS = 100
+STEPS = (1, 2, 5, 10)
+CAMERA_HZ = 15.0
+FRAME_NS = 100_000_000
+PAGE_BYTES = resource.getpagesize()
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings that keep a frame within a budget, from measured stages."""
+
+    steps: int
+    vision_every: int
+    precision: str
+    frame_ms: float
+    mean_ms: float
+    fits: bool
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the parts `model` and `decoders`."""
+    parser.add_argument('--model', type=Path, help='model directory (default: the town model)')
+    parser.add_argument('--backend', default='auto', help='engine to measure (default: auto)')
+    parser.add_argument('--against', help='a second engine, measured in turns with the first')
+    parser.add_argument('--repeats', type=int, default=REPEATS, help='runs of each stage')
+    parser.add_argument('--budget', type=budget_ms, help='time for a frame, such as 100ms')
+
+
+def budget_ms(text: str) -> float:
+    """Milliseconds of a text such as `100ms`."""
+    found = re.fullmatch(r'(\d+(?:\.\d+)?)(ms|s)', text)
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a time such as 100ms')
+    return float(found[1]) * (1e3 if found[2] == 's' else 1.0)
+
+
+def run_model_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure stages, whole plans and a sweep of steps; write `summary.json` and print."""
+    directory = load_model_dir(options.model or shipped_model_dir())
+    config, repeats = directory.config, at_least_one(options.repeats)
+    names = [options.backend, *([options.against] if options.against else [])]
+    backends = {backend.name: backend for backend in (open_backend(directory, n) for n in names)}
+    ceiling = measure_ceiling()
+    floors = _floors(directory, ceiling)
+    calls = {name: stage_calls(backend) for name, backend in backends.items()}
+    stages: dict[str, dict[str, Timing]] = {name: {} for name in backends}
+    for stage in next(iter(calls.values())):
+        timed = time_in_turns({name: calls[name][stage] for name in backends}, repeats)
+        for name, timing in timed.items():
+            stages[name][stage] = replace(timing, floor_ms=floors.get(stage))
+    plans = time_in_turns(
+        {name: _planning(directory, backend) for name, backend in backends.items()}, repeats
+    )
+    first = next(iter(backends))
+    summary = {
+        **circumstances(directory, repeats),
+        'ceiling': asdict(ceiling),
+        'stages': {name: rows(timings) for name, timings in stages.items()},
+        'plan': rows(plans),
+        'steps_sweep': {name: rows(_sweep(timings, config)) for name, timings in stages.items()},
+        'memory': _memory(directory, backends[first], repeats),
+    }
+    if options.budget is not None:
+        summary['budget_ms'] = options.budget
+        summary['proposal'] = asdict(propose(stages[first], config, options.budget))
+    write_summary(out_dir, summary)
+    sys.stdout.write(_table(summary))
+    return summary
+
+
+def propose(stages: Mapping[str, Timing], config: ModelConfig, budget: float) -> Proposal:
+    """Most steps, then most frequent vision, whose frame ends within the budget at p99.
+
+    Between vision frames only the flow runs, on K/V no older than `kv_max_age_s`; a vision frame
+    itself must fit, or the plan of that frame is late and `fits` is False.
+    """
+    pictures = len(config.cameras) * config.frames_per_camera
+    seen_ms = pictures * stages['vision'].p99_ms + stages['prefill_action'].p99_ms
+    step_ms = stages['step'].p99_ms
+    oldest = max(1, int(config.kv_max_age_s * CAMERA_HZ))
+    for steps in sorted({*STEPS, config.steps}, reverse=True):
+        if seen_ms + steps * step_ms <= budget:
+            frame_ms = seen_ms + steps * step_ms
+            return Proposal(steps, 1, 'as measured', frame_ms, frame_ms, fits=True)
+    frame_ms = seen_ms + step_ms
+    mean_ms = seen_ms / oldest + step_ms
+    return Proposal(1, oldest, 'lower than measured', frame_ms, mean_ms, fits=False)
+
+
+def _floors(directory: ModelDirectory, ceiling: Ceiling) -> dict[str, float]:
+    if not directory.has_graphs:
+        return {}
+    return {name: work_of(directory.graph(name)).floor_ms(ceiling) for name in GRAPHS}
+
+
+def _planning(directory: ModelDirectory, backend: Backend) -> Callable[[], object]:
+    """Plans on pictures that are new each time, every stage included, nothing cached."""
+    planner = Planner(
+        backend,
+        PromptLayout(directory.config, load_tokenizer(directory.path)),
+        load_normalization(directory.path, directory.config),
+        schedule='off',
+    )
+    frame = 0
+
+    def call() -> object:
+        nonlocal frame
+        frame += 1
+        return planner.plan(_observation(directory.config, frame * FRAME_NS))
+
+    return call
+
+
+def _observation(config: ModelConfig, stamp_ns: int) -> Observation:
+    image = np.full((config.height_px, config.width_px, 3), stamp_ns // FRAME_NS % 255, np.uint8)
+    frames = tuple(
+        (CameraFrame(name, stamp_ns, image),) * config.frames_per_camera
+        for name in config.camera_names
+    )
+    return Observation(
+        stamp_ns=stamp_ns,
+        frames=frames,
+        ego=EgoState(stamp_ns, 0.0, 0.0, 0.0, 5.0),
+        history=np.zeros((config.history_poses, 3)),
+        history_valid=np.zeros(config.history_poses, dtype=np.bool_),
+        route=None,
+    )
+
+
+def _sweep(stages: Mapping[str, Timing], config: ModelConfig) -> dict[str, Timing]:
+    """A frame at other numbers of steps, as the sum of its measured stages."""
+    pictures = len(config.cameras) * config.frames_per_camera
+
+    def frame(steps: int, field: str) -> float:
+        seen = pictures * getattr(stages['vision'], field)
+        step = steps * getattr(stages['step'], field)
+        return float(seen + getattr(stages['prefill_action'], field) + step)
+
+    fields = ('p50_ms', 'p99_ms', 'max_ms', 'cpu_ms')
+    return {str(steps): Timing(*(frame(steps, field) for field in fields)) for steps in STEPS}
+
+
+def _memory(directory: ModelDirectory, backend: Backend, frames: int) -> dict[str, float]:
+    """Resident memory, and what many plans after warming up add to it."""
+    plan = _planning(directory, backend)
+    plan()
+    before = _resident_mb()
+    for _ in range(frames):
+        plan()
+    return {
+        'resident_mb': _resident_mb(),
+        'growth_mb': _resident_mb() - before,
+        'frames': frames,
+        'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+def _resident_mb() -> float:
+    return int(Path('/proc/self/statm').read_text().split()[1]) * PAGE_BYTES / 1e6
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    lines = [f'{"":<28}{"p50 ms":>9}{"p99":>9}{"max":>9}{"CPU ms":>9}{"floor":>8}{"x":>6}']
+    shown = [
+        *(
+            (f'{backend} {stage}', row)
+            for backend, stages in summary['stages'].items()
+            for stage, row in stages.items()
+        ),
+        *((f'{backend} plan', row) for backend, row in summary['plan'].items()),
+    ]
+    for name, row in shown:
+        line = f'{name:<28}' + ''.join(
+            f'{row[field]:9.2f}' for field in ('p50_ms', 'p99_ms', 'max_ms', 'cpu_ms')
+        )
+        if row['floor_ms'] is not None:
+            line += f'{row["floor_ms"]:8.2f}{row["multiple_of_floor"]:6.1f}'
+        lines.append(line)
+    if 'proposal' in summary:
+        chosen = summary['proposal']
+        lines.append(
+            f'for {summary["budget_ms"]:g} ms: {chosen["steps"]} steps, vision every '
+            f'{chosen["vision_every"]} frames, precision {chosen["precision"]}: '
+            f'{chosen["frame_ms"]:.1f} ms' + ('' if chosen['fits'] else ', which does not fit')
+        )
+    return '\n'.join(lines) + '\n'
