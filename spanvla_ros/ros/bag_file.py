@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
-from rosbags.rosbag2.storage_mcap import McapWriter
+from rosbags.rosbag2.storage_mcap import McapReader, McapWriter
 from rosbags.typesys import Stores, get_typestore
 
 from spanvla_ros.types import SpanvlaError
@@ -98,9 +98,23 @@ def recover(path: str | Path) -> Path | None:
         file.write(struct.pack('<BQI', DATA_END, 4, 0))
         file.write(struct.pack('<BQQQI', FOOTER, 20, 0, 0, 0))
         file.write(MAGIC)
-    source.rename(path)
+    _with_index(source).rename(path)
     shutil.rmtree(folder)
     return path
+
+
+def _with_index(source: Path) -> Path:
+    """A copy with an index beside `source`; without one, messages must not be out of order."""
+    copy = source.with_name('indexed.mcap')
+    copy.unlink(missing_ok=True)
+    shutil.rmtree(part_folder(copy), ignore_errors=True)
+    file = BagFile(copy)
+    reader = McapReader(source)
+    reader.open()
+    for connection, stamp_ns, data in reader.messages_scan(reader.connections):
+        file.write(connection.topic, connection.msgtype, stamp_ns, data)
+    reader.close()
+    return file.close()
 
 
 def _whole_records(source: Path) -> int:

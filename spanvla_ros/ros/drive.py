@@ -39,9 +39,16 @@ from spanvla_ros.ros.children import (
     private_environment,
     process_cpu_s,
 )
-from spanvla_ros.ros.parameters import PlannerSettings, RecorderSettings, TownSettings
+from spanvla_ros.ros.parameters import (
+    FollowerSettings,
+    GuardianSettings,
+    PlannerSettings,
+    RecorderSettings,
+    TownSettings,
+)
+from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.town.scenarios import FAMILIES, MIX
-from spanvla_ros.types import SCHEDULES, SpanvlaError, Vehicle
+from spanvla_ros.types import SCHEDULES, SpanvlaError
 
 NODES = ('recorder', 'guardian', 'follower', 'planner', 'town')
 # A dead one of these is started again; without the other two there is no drive to go on with.
@@ -49,7 +56,13 @@ SCENARIOS = (*FAMILIES, MIX)
 RESPAWNED = ('guardian', 'follower', 'planner')
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
-SETTINGS = {'planner': PlannerSettings, 'recorder': RecorderSettings, 'town': TownSettings}
+SETTINGS: Mapping[str, Any] = {
+    'recorder': RecorderSettings,
+    'guardian': GuardianSettings,
+    'follower': FollowerSettings,
+    'planner': PlannerSettings,
+    'town': TownSettings,
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     if not recording.exists():
         why = failure or f'see {drive.log_dir}'
         raise SpanvlaError(f'drive: nothing was recorded; {why}')
-    return _report(recording, drive, failure)
+    return report(recording, drive, failure)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -103,8 +116,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if not 0 <= options.seed < 2**31:
         raise SpanvlaError(f'--seed {options.seed}: must lie between 0 and 2147483647')
-    if options.vehicle:
-        Vehicle.load(options.vehicle)
+    _overrides(options.overrides)
+    load_vehicle(options.vehicle)
     load_model_dir(options.model or shipped_model_dir())
 
 
@@ -128,12 +141,11 @@ def _overrides(pairs: list[str]) -> dict[str, dict[str, Any]]:
             raise SpanvlaError(
                 f'--set {pair}: write NODE.PARAMETER=VALUE with NODE one of {", ".join(NODES)}'
             )
-        kind = SETTINGS.get(node)
-        known = {entry.name: entry for entry in fields(kind)} if kind else None
-        if known is not None and parameter not in known:
+        known = {entry.name: entry for entry in fields(SETTINGS[node])}
+        if parameter not in known:
             raise SpanvlaError(f'--set {pair}: {node} has {", ".join(sorted(known))}')
         value = yaml.safe_load(text)
-        if known and isinstance(known[parameter].default, float) and isinstance(value, int):
+        if isinstance(known[parameter].default, float) and isinstance(value, int):
             value = float(value)
         found[node][parameter] = value
     return found
@@ -311,8 +323,10 @@ class CostMeter:
         return Cost(round(sum(shares.values()), 4), round(steal, 4), shares)
 
 
-def _report(recording: Path, drive: Drive, failure: str) -> int:
-    content = summarise(recording)
+def report(recording: Path, drive: Drive, failure: str) -> int:
+    """Write summary and page beside a recording and print one line; the exit status of `run`."""
+    vehicle = load_vehicle(drive.options.vehicle)
+    content = summarise(recording, vehicle)
     content['cpu_share'] = drive.cost.cpu_share
     content['steal_share'] = drive.cost.steal_share
     content['node_cpu_share'] = dict(drive.cost.node_cpu_share)
@@ -322,7 +336,7 @@ def _report(recording: Path, drive: Drive, failure: str) -> int:
     out = recording.parent
     write_text(out / 'summary.json', json.dumps(content, indent=2, allow_nan=False) + '\n')
     views = [CameraView(**asdict(camera)) for camera in TOWN_CAMERAS]
-    write_page(recording, content, out / 'index.html', views)
+    write_page(recording, content, out / 'index.html', views, vehicle=vehicle)
     print(_line(content, out))  # noqa: T201
     if failure:
         print(f'drive: broke off: {failure}', file=sys.stderr)  # noqa: T201

@@ -99,6 +99,7 @@ class PlannerSettings:
     )
     overlay_hz: float = setting(2.0, 'rate of the overlay picture; 0 is off', low=0.0, high=30.0)
     vision_every: int = setting(1, 'encode pictures on every n-th frame', low=1, high=10)
+    output_frame: str = setting('odom', 'frame of odometry, route and plan')
     input_timeout_s: float = setting(
         0.5, 'an input older than this is reported as stale', low=0.05, high=60.0
     )

@@ -42,6 +42,7 @@ from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.types import COMMANDS, CameraFrame, EgoState, Plan, SpanvlaError
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -83,8 +84,11 @@ class PlannerNode(LifecycleNode):
         timeout_s = self.settings.input_timeout_s
         self._odometry_meter = InputMeter('input/odometry', timeout_s)
         self._route_meter = InputMeter('input/route', timeout_s, required=False)
+        self._clock_meter = InputMeter('clock', timeout_s, required=False)
         self._command_meter = InputMeter('input/command', timeout_s, required=False)
         self._stages = StageMeter()
+        self._clock_watch = ClockWatch()
+        self._resets_seen = 0
         self._accel: float | None = None
         self._plan_fault, self._plan_fault_s = '', -np.inf
         self._degraded: tuple[str, ...] = ()
@@ -190,6 +194,7 @@ class PlannerNode(LifecycleNode):
             schedule=None if settings.schedule == 'model' else settings.schedule,
             steps=settings.steps or None,
             vision_every=settings.vision_every,
+            frame_id=settings.output_frame,
         )
         # What is loaded now stays: the collector need not look at it again in every pass.
         gc.collect()
@@ -236,6 +241,7 @@ class PlannerNode(LifecycleNode):
 
     def _on_odometry(self, message: Odometry) -> None:
         try:
+            self._check_frame('odometry', message)
             ego = read_odometry(message)
             if self._accel is not None:
                 ego = replace(ego, accel_mps2=self._accel)
@@ -244,10 +250,11 @@ class PlannerNode(LifecycleNode):
             self._odometry_meter.fault(self._now_ns(), str(error))
 
     def _take_ego(self, ego: EgoState) -> None:
-        model = self._model
         reason = ''
-        if model is not None:
-            with self._lock:
+        with self._lock:
+            self._watch_clock()
+            model = self._model
+            if model is not None:
                 resets = model.builder.resets
                 reason = model.builder.add_ego(ego)
                 if model.builder.resets != resets:
@@ -257,12 +264,28 @@ class PlannerNode(LifecycleNode):
         else:
             self._odometry_meter.arrived(self._now_ns(), ego.stamp_ns)
 
+    def _check_frame(self, source: str, message: Odometry | PathMessage) -> None:
+        frame_id, wanted = str(message.header.frame_id), self.settings.output_frame
+        if frame_id != wanted:
+            raise MessageError(f'{source}: frame {frame_id!r:.40} is not output_frame {wanted!r}')
+
+    def _watch_clock(self) -> None:
+        """Empty the buffers after a jump of the node's own clock; called under the lock."""
+        now_ns = self._now_ns()
+        jump = self._clock_watch.observe(now_ns)
+        if jump is None:
+            return
+        self._clock_meter.fault(now_ns, f'{jump}: buffers emptied')
+        if self._model is not None:
+            self._model.builder.clock_jumped()
+
     def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
         value = float(message.accel.accel.linear.x)
         self._accel = value if np.isfinite(value) else None
 
     def _on_route(self, message: PathMessage) -> None:
         try:
+            self._check_frame('route', message)
             route = read_route(message)
         except MessageError as error:
             self._route_meter.fault(self._now_ns(), str(error))
@@ -326,17 +349,21 @@ class PlannerNode(LifecycleNode):
         begin_s = time.perf_counter()
         stamp_ns, frames = cameras.take(self.settings.sync_wait_ms / 1e3)
         with self._lock:
+            self._watch_clock()
             resets = model.builder.resets
             for frame in frames:
                 reason = model.builder.add_frame(frame)
                 if reason:
                     cameras.intakes[frame.camera].meter.fault(self._now_ns(), reason)
             if model.builder.resets != resets:
-                model.planner.reset()
                 meter = cameras.intakes[model.cameras[0].name].meter
                 meter.fault(
                     self._now_ns(), 'clock_backwards: image stamps ran back, buffers emptied'
                 )
+            if model.builder.resets != self._resets_seen:
+                # Whoever emptied the buffers, thoughts of another time go with them.
+                self._resets_seen = model.builder.resets
+                model.planner.reset()
             if stamp_ns is None or not self._active.is_set():
                 return False
             observation = model.builder.build(stamp_ns)
@@ -392,8 +419,15 @@ class PlannerNode(LifecycleNode):
         self._plan_fault, self._plan_fault_s = text, time.monotonic()
 
     def _publish_diagnostics(self) -> None:
+        with self._lock:
+            self._watch_clock()
         now_ns = self._now_ns()
-        meters = [self._odometry_meter, self._route_meter, self._command_meter]
+        meters = [
+            self._odometry_meter,
+            self._route_meter,
+            self._command_meter,
+            self._clock_meter,
+        ]
         cameras, model = self._cameras, self._model
         if cameras is not None:
             for intake in cameras.intakes.values():

@@ -28,9 +28,10 @@ from trajectory_msgs.msg import MultiDOFJointTrajectory
 from visualization_msgs.msg import MarkerArray
 
 from spanvla_ros.ros.bag_file import BagFile
-from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, status
+from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, InputMeter, status
 from spanvla_ros.ros.parameters import RecorderSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.safety.clock import CLOCK_BACKWARDS, ClockWatch
 
 BEST_EFFORT = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
 RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
@@ -58,6 +59,35 @@ TOPICS: tuple[tuple[str, type, tuple[QoSProfile, ...]], ...] = (
 )
 
 
+class Recent:
+    """The messages of the last seconds, for `save_incident`."""
+
+    def __init__(self, span_s: float, limit_bytes: int, clock: ClockWatch) -> None:
+        """Keep what is at most `span_s` old and together at most `limit_bytes`."""
+        self.items: deque[tuple[str, str, int, bytes]] = deque()
+        self._span_ns = round(span_s * 1e9)
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._clock = clock
+
+    def watch(self, now_ns: int) -> str | None:
+        """Forget everything where the clock has run back; the jump, if there is one."""
+        jump = self._clock.observe(now_ns)
+        if jump == CLOCK_BACKWARDS:
+            # What lies in the future would never grow old.
+            self.items.clear()
+            self._bytes = 0
+        return jump
+
+    def add(self, item: tuple[str, str, int, bytes]) -> None:
+        """Take the newest message: topic, type, time of reception in nanoseconds, data."""
+        self.items.append(item)
+        self._bytes += len(item[3])
+        oldest_ns = item[2] - self._span_ns
+        while self.items[0][2] < oldest_ns or self._bytes > self._limit_bytes:
+            self._bytes -= len(self.items.popleft()[3])
+
+
 class RecorderNode(Node):
     """Records the driving topics, node name `recorder`."""
 
@@ -69,8 +99,13 @@ class RecorderNode(Node):
         self._queue: queue.Queue[tuple[str, str, int, bytes] | tuple[()] | Path | None] = (
             queue.Queue()
         )
-        self._ring: deque[tuple[str, str, int, bytes]] = deque()
-        self._ring_bytes = 0
+        self._recent = Recent(
+            self.settings.incident_s,
+            self.settings.incident_mb * 2**20,
+            # The clock is looked at once a flush at least.
+            ClockWatch(2.0 + self.settings.flush_s),
+        )
+        self._clock_meter = InputMeter('clock', self.settings.flush_s, required=False)
         self._written = 0
         self._flushed_s = 0.0
         self._fault = ''
@@ -117,6 +152,10 @@ class RecorderNode(Node):
             item = self._queue.get(timeout=self.settings.flush_s)
         except queue.Empty:
             item = ()
+        now_ns = time.time_ns()
+        jump = self._recent.watch(now_ns)
+        if jump is not None:
+            self._clock_meter.fault(now_ns, f'{jump}: the file spans two times')
         if item is None:
             return False
         try:
@@ -135,16 +174,11 @@ class RecorderNode(Node):
     def _write(self, item: tuple[str, str, int, bytes]) -> None:
         self._file.write(*item)
         self._written += 1
-        self._ring.append(item)
-        self._ring_bytes += len(item[3])
-        oldest_ns = item[2] - round(self.settings.incident_s * 1e9)
-        limit_bytes = self.settings.incident_mb * 2**20
-        while self._ring[0][2] < oldest_ns or self._ring_bytes > limit_bytes:
-            self._ring_bytes -= len(self._ring.popleft()[3])
+        self._recent.add(item)
 
     def _write_incident(self, path: Path) -> None:
         incident = BagFile(path)
-        for item in self._ring:
+        for item in self._recent.items:
             incident.write(*item)
         incident.close()
         self.get_logger().info(f'incident saved: {path}')
@@ -166,7 +200,8 @@ class RecorderNode(Node):
     def _publish_diagnostics(self) -> None:
         values = {'messages': str(self._written), 'waiting': str(self._queue.qsize())}
         level, text = (ERROR, self._fault) if self._fault else (OK, 'ok')
-        self._diagnostics.publish([status('file', level, text, values)])
+        clock = self._clock_meter.status(time.time_ns())
+        self._diagnostics.publish([status('file', level, text, values), clock])
 
     def close(self) -> None:
         """Write what is queued, then the index."""

@@ -29,18 +29,27 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
 
 from spanvla_ros.model.config import TOWN_CAMERAS, CameraSpec
-from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, StageMeter, status
+from spanvla_ros.ros.diagnostics import (
+    OK,
+    WARN,
+    DiagnosticsPublisher,
+    InputMeter,
+    StageMeter,
+    status,
+)
 from spanvla_ros.ros.parameters import TownSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.safety.clock import ClockWatch
+from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.scoring.scene import scene_to_json
 from spanvla_ros.town.camera import Renderer, camera_matrix
 from spanvla_ros.town.elements import Box, GroundPolygon, Tint
 from spanvla_ros.town.scenarios import make_world, ranges_sha256
-from spanvla_ros.types import DriveCommand, EgoState, Scene, SceneMap, Vehicle
+from spanvla_ros.types import DriveCommand, EgoState, Scene, SceneMap
 
 ODOMETRY_HZ = 50.0
 SCENE_PERIOD_S = 0.1
-MAP_PERIOD_S = 1.0
+SCENES_PER_MAP = 10
 STATUS_PERIOD_S = 0.5
 # What is farther away lies within a row of the horizon.
 SIGHT_M = 250.0
@@ -76,9 +85,8 @@ class TownNode(Node):
         """Make the world and start its threads."""
         super().__init__('town')
         self.settings = settings = declare(self, TownSettings)
-        vehicle = Vehicle.load(settings.vehicle_file) if settings.vehicle_file else Vehicle()
-        self.vehicle = vehicle
-        self.world = make_world(settings.scenario, settings.seed)
+        self.vehicle = load_vehicle(settings.vehicle_file)
+        self.world = make_world(settings.scenario, settings.seed, vehicle=self.vehicle)
         if settings.wait_for_driver:
             # Standing still is the one motion that may last as long as the driver needs.
             self.world.place_ego(replace(self.world.state, speed_mps=0.0, yaw_rate_radps=0.0))
@@ -89,6 +97,8 @@ class TownNode(Node):
         self._late_steps = 0
         self._undrawn = 0
         self._meter = StageMeter()
+        self._clock_watch = ClockWatch()
+        self._clock_meter = InputMeter('clock', settings.command_timeout_s, required=False)
         self._exposures: queue.Queue[Exposure] = queue.Queue(maxsize=1)
         self._truths: queue.Queue[Truth] = queue.Queue(maxsize=4)
         self._ranges_sha256 = ranges_sha256()
@@ -142,7 +152,8 @@ class TownNode(Node):
             **self._meter.values(),
         }
         level, text = (OK, 'ok') if self._moving else (WARN, 'waiting for the driver')
-        self._diagnostics.publish([status('world', level, text, values)])
+        clock = self._clock_meter.status(self.get_clock().now().nanoseconds)
+        self._diagnostics.publish([status('world', level, text, values), clock])
 
     # Physics thread.
 
@@ -162,6 +173,12 @@ class TownNode(Node):
                 start_ns -= round(wait_s * 1e9)
             if self._stop.is_set():
                 return
+            now_ns = int(self.get_clock().now().nanoseconds)
+            jump = self._clock_watch.observe(now_ns)
+            if jump is not None:
+                # The drive goes on; its stamps follow the clock that everybody else goes by.
+                self._clock_meter.fault(now_ns, f'{jump}: stamps follow')
+                start_ns = now_ns - round(elapsed_s * 1e9)
             if step and self._moving:
                 self.world.step(self._drive_command(), self.step_s)
             stamp_ns = start_ns + round(elapsed_s * 1e9)
@@ -169,14 +186,15 @@ class TownNode(Node):
             if step % self._steps_per_exposure == 0:
                 self._expose(stamp_ns)
             if self._due(step, SCENE_PERIOD_S):
-                self._offer_truth(stamp_ns, with_map=self._due(step, MAP_PERIOD_S))
+                with_map = self._due(step, SCENE_PERIOD_S, SCENES_PER_MAP)
+                self._offer_truth(stamp_ns, with_map=with_map)
             if self._due(step, STATUS_PERIOD_S) or self.world.finished != finished:
                 finished = self.world.finished
                 self._publish_status()
 
-    def _due(self, step: int, period_s: float) -> bool:
-        """Whether a period begins with this step."""
-        return step % max(1, round(period_s / self.step_s)) == 0
+    def _due(self, step: int, period_s: float, periods: int = 1) -> bool:
+        """Whether a period, or a number of them, begins with this step."""
+        return step % (periods * max(1, round(period_s / self.step_s))) == 0
 
     def _drive_command(self) -> DriveCommand:
         limit = self.vehicle

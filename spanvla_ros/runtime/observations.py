@@ -96,6 +96,11 @@ class ObservationBuilder:
         self._jump_stamp_ns: int | None = None
         self._progress_m: float | None = None
 
+    def clock_jumped(self) -> None:
+        """Empty the buffers, as stamps before and after have nothing to do with one another."""
+        self.resets += 1
+        self.reset()
+
     def add_frame(self, frame: CameraFrame) -> str:
         """Take one picture; pictures of cameras the model does not have are refused."""
         frames = self._frames.get(frame.camera)
@@ -104,7 +109,7 @@ class ObservationBuilder:
         if frames and frame.stamp_ns <= frames[-1].stamp_ns:
             if frames[-1].stamp_ns - frame.stamp_ns <= CLOCK_BACK_S * NS:
                 return 'image_out_of_order'
-            self._clock_back()
+            self.clock_jumped()
             frames = self._frames[frame.camera]
         frames.append(frame)
         oldest_ns = frame.stamp_ns - self._frame_keep_ns
@@ -123,7 +128,7 @@ class ObservationBuilder:
             if ego.stamp_ns <= last.stamp_ns:
                 if last.stamp_ns - ego.stamp_ns <= CLOCK_BACK_S * NS:
                     return 'ego_out_of_order'
-                self._clock_back()
+                self.clock_jumped()
             elif _jumped(last, ego):
                 self._egos.clear()
                 self._ego_stamps.clear()
@@ -178,10 +183,6 @@ class ObservationBuilder:
             command=self._current_command(route),
             degraded=tuple(degraded),
         )
-
-    def _clock_back(self) -> None:
-        self.resets += 1
-        self.reset()
 
     def _aligned_frames(
         self, anchor_ns: int, degraded: list[str]

@@ -7,6 +7,7 @@ families of short drives, and `mix`, a long road with all of them.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -48,8 +49,10 @@ BEHIND_M = 40.0
 BEYOND_M = 90.0
 
 
-def make_world(family: str, seed: int, ranges: Ranges | None = None) -> World:
-    """The world of a family and seed, always the same one.
+def make_world(
+    family: str, seed: int, ranges: Ranges | None = None, vehicle: Vehicle | None = None
+) -> World:
+    """The world of a family and seed, always the same one, whatever vehicle drives in it.
 
     Raises:
         SpanvlaError: unknown family.
@@ -58,7 +61,8 @@ def make_world(family: str, seed: int, ranges: Ranges | None = None) -> World:
         raise SpanvlaError(f'{family!r} is not a town family; use one of {(*FAMILIES, MIX)}')
     number = (*FAMILIES, MIX).index(family)
     rng = np.random.default_rng([number, seed])
-    return _Draft(rng, ranges or Ranges(), family, seed).world()
+    world = _Draft(rng, ranges or Ranges(), family, seed).world()
+    return world if vehicle is None else replace(world, vehicle=vehicle)
 
 
 class _Draft:

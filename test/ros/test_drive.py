@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report.drive_bag import small_drive
 from rosbags.highlevel import AnyReader
 
 from spanvla_ros import cli
+from spanvla_ros.report.drive_summary import summarise
+from spanvla_ros.ros import drive as drive_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +46,22 @@ def test_bad_options_are_one_sentence_and_leave_nothing(words, sentence, tmp_pat
     assert sentence in error
     assert error.count('\n') == 1
     assert not out.exists()
+
+
+def test_the_vehicle_reaches_every_node_and_the_summary(tmp_path, toy_model):
+    vehicle = tmp_path / 'wide.yaml'
+    vehicle.write_text('width_m: 14.0')
+    words = ['--model', str(toy_model), '--vehicle', str(vehicle)]
+    parser = cli.command_parser('drive', drive_command)
+    options = parser.parse_args([*words, '--out', str(tmp_path)])
+    drive = drive_command.Drive(options, tmp_path, 1)
+    for name in ('guardian', 'follower', 'town'):
+        assert drive.nodes[name].parameters['vehicle_file'] == str(vehicle)
+    recording = small_drive().write(tmp_path / 'bag')
+    # The second car stands 6 m beside the way.
+    assert summarise(recording)['collisions'] == 1
+    assert drive_command.report(recording, drive, '') == 0
+    assert json.loads((tmp_path / 'summary.json').read_text())['collisions'] == 2
 
 
 def child_of(parent: int, module: str) -> int | None:

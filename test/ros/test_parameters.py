@@ -79,6 +79,26 @@ def test_launch_files_set_parameters_that_exist(name):
         assert node.get('exec') == f'{node.get("name")}_node'
 
 
+# Cameras are named by the model, and the guardian's plan comes from the planner beside it.
+INPUTS = {
+    'guardian': {'odometry', 'acceleration', 'route'},
+    'planner': {'odometry', 'acceleration', 'route', 'command'},
+    'follower': {'odometry'},
+    'recorder': {'odometry', 'acceleration', 'route', 'command'},
+}
+
+
+def test_every_input_of_the_vehicle_has_its_argument():
+    tree = ElementTree.parse(ROOT / 'launch' / 'vehicle.launch.xml')
+    for node in tree.iter('node'):
+        remaps = {item.get('from'): item.get('to') for item in node.iter('remap')}
+        for name in INPUTS[node.get('name')]:
+            assert remaps[f'input/{name}'] == f'$(var {name})'
+        if 'output_frame' in {entry.name for entry in fields(settings_of(node.get('name')))}:
+            given = {item.get('name'): item.get('value') for item in node.iter('param')}
+            assert given['output_frame'] == '$(var output_frame)'
+
+
 @pytest.mark.parametrize('name', ['demo', 'vehicle'])
 def test_launch_arguments_are_declared_and_explained(name):
     path = ROOT / 'launch' / f'{name}.launch.xml'

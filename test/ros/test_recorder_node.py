@@ -11,7 +11,11 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from spanvla_ros.ros.bag_file import BagFile, part_folder, recover
+from spanvla_ros.ros.recorder_node import Recent
+from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.types import SpanvlaError
+
+SECOND = 1_000_000_000
 
 
 def counted(path: Path) -> dict[str, int]:
@@ -40,7 +44,7 @@ def test_what_was_sent_is_in_the_file(bus, launch, tmp_path, number):
     bus.wait(future.done, send)
     incident = Path(future.result().message)
     bus.wait(incident.is_file, send)
-    bus.spin(0.5)
+    bus.spin(1.5)
     node.process.send_signal(number)
     node.wait(8.0)
     assert (recover(out) == out) == (number == signal.SIGKILL)
@@ -58,6 +62,47 @@ def test_an_existing_file_is_not_touched(tmp_path):
     with pytest.raises(SpanvlaError, match='exists already'):
         BagFile(path)
     assert path.read_bytes() == b'precious'
+
+
+def kept(recent: Recent) -> list[int]:
+    return [stamp_ns // SECOND for _, _, stamp_ns, _ in recent.items]
+
+
+def test_an_incident_keeps_the_last_seconds_and_no_more_than_fits():
+    recent = Recent(3.0, 250, ClockWatch())
+    for second in range(10):
+        assert recent.watch(second * SECOND) is None
+        recent.add(('plan', 'std_msgs/msg/String', second * SECOND, b'x' * 50))
+    assert kept(recent) == [6, 7, 8, 9]
+    recent.add(('plan', 'std_msgs/msg/String', 10 * SECOND, b'x' * 160))
+    assert kept(recent) == [9, 10]
+
+
+def test_an_incident_holds_one_time_only():
+    recent = Recent(3.0, 250, ClockWatch())
+    for second in (100, 101, 50, 51, 52, 53, 54):
+        jump = recent.watch(second * SECOND)
+        assert jump == ('clock_backwards' if second == 50 else None)
+        recent.add(('plan', 'std_msgs/msg/String', second * SECOND, b'x' * 50))
+        assert second >= 100 or max(kept(recent)) < 100
+    assert kept(recent) == [51, 52, 53, 54]
+    assert recent.watch(60 * SECOND) == 'clock_gap'
+    assert kept(recent) == [51, 52, 53, 54]
+
+
+def test_what_a_kill_left_out_of_order_is_read_in_order(tmp_path):
+    file = BagFile(tmp_path / 'drive.mcap')
+    stamps = [5, 3, 9, 7]
+    for stamp in stamps:
+        # The smallest string there is: CDR header, length, the closing zero.
+        data = bytes([0, 1, 0, 0, 1, 0, 0, 0, 0])
+        file.write('/plan', 'std_msgs/msg/String', stamp * SECOND, data)
+        file.flush()
+    file._writer.storage.bio.close()
+    path = recover(tmp_path / 'drive.mcap')
+    with AnyReader([path]) as reader:
+        assert [stamp for _, stamp, _ in reader.messages()] == [s * SECOND for s in sorted(stamps)]
+    assert not part_folder(path).exists()
 
 
 def test_there_is_nothing_to_recover(tmp_path):

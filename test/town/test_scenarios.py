@@ -16,7 +16,7 @@ from spanvla_ros.town.scenarios import (
     make_world,
     ranges_sha256,
 )
-from spanvla_ros.types import SpanvlaError, Vehicle
+from spanvla_ros.types import DriveCommand, SpanvlaError, Vehicle
 
 CONFIG = Path(__file__).parents[2] / 'config'
 
@@ -55,6 +55,18 @@ def test_an_odd_range_file_is_refused_by_name(tmp_path: Path, text: str, named: 
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(SpanvlaError, match='roundabout'):
         make_world('roundabout', 0)
+
+
+def test_the_same_world_for_another_vehicle() -> None:
+    bus = Vehicle(length_m=9.0, wheelbase_m=5.0, max_accel_mps2=1.0)
+    world, known = make_world('lead_vehicle', 4, vehicle=bus), make_world('lead_vehicle', 4)
+    assert world.vehicle == bus
+    assert known.vehicle == Vehicle()
+    assert world.state == known.state
+    assert [car.s_m for car in world.cars] == [car.s_m for car in known.cars]
+    before = world.state.speed_mps
+    world.step(DriveCommand(20.0, 0.0, 3.0, 0.1), 0.05)
+    assert world.state.speed_mps == pytest.approx(before + 0.05)
 
 
 @pytest.mark.parametrize('family', [*FAMILIES, MIX])
