@@ -77,7 +77,7 @@ def arc_length(points: ArrayLike) -> Float64[np.ndarray, 'n']:
 
 
 def sample_polyline(points: ArrayLike, at_m: ArrayLike) -> Points:
-    """Points at distances `at_m` along a polyline; beyond an end its last piece goes straight on."""
+    """Points at distances `at_m` along a polyline; beyond an end it goes straight on."""
     points = np.asarray(points, dtype=np.float64)[:, :2]
     along = arc_length(points)
     keep = np.concatenate([[True], np.diff(along) > 1e-9])
@@ -125,7 +125,7 @@ def polyline_yaw(points: ArrayLike) -> Float64[np.ndarray, 'n']:
 
 
 def box_corners(pose: ArrayLike, length_m: ArrayLike, width_m: ArrayLike) -> Points:
-    """Corners of boxes given by their centre poses: front-left, rear-left, rear-right, front-right.
+    """Corners of boxes by centre poses: front-left, rear-left, rear-right, front-right.
 
     Args:
         pose: `[..., 3]` centre poses.

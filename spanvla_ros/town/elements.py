@@ -46,7 +46,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Box:
-    """An upright box standing `base_m` above the ground; `face` names: rear, front, left, right."""
+    """An upright box that stands `base_m` above the ground; faces: rear, front, left, right."""
 
     x_m: float
     y_m: float
