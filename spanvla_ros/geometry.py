@@ -32,7 +32,7 @@ def world_from_local(origin: ArrayLike, local: ArrayLike) -> Float64[np.ndarray,
     x, y, yaw = np.asarray(origin, dtype=np.float64)
     local = np.asarray(local, dtype=np.float64)
     cos, sin = np.cos(yaw), np.sin(yaw)
-    world = local.copy()
+    world: NDArray[np.float64] = local.copy()
     world[..., 0] = x + cos * local[..., 0] - sin * local[..., 1]
     world[..., 1] = y + sin * local[..., 0] + cos * local[..., 1]
     if local.shape[-1] == 3:
@@ -46,7 +46,7 @@ def local_from_world(origin: ArrayLike, world: ArrayLike) -> Float64[np.ndarray,
     world = np.asarray(world, dtype=np.float64)
     cos, sin = np.cos(yaw), np.sin(yaw)
     dx, dy = world[..., 0] - x, world[..., 1] - y
-    local = world.copy()
+    local: NDArray[np.float64] = world.copy()
     local[..., 0] = cos * dx + sin * dy
     local[..., 1] = -sin * dx + cos * dy
     if world.shape[-1] == 3:
@@ -78,16 +78,19 @@ def arc_length(points: ArrayLike) -> Float64[np.ndarray, 'n']:
 
 def sample_polyline(points: ArrayLike, at_m: ArrayLike) -> Points:
     """Points at distances `at_m` along a polyline; beyond an end it goes straight on."""
-    points = np.asarray(points, dtype=np.float64)[:, :2]
-    along = arc_length(points)
+    line = np.asarray(points, dtype=np.float64)[:, :2]
+    along = arc_length(line)
     keep = np.concatenate([[True], np.diff(along) > 1e-9])
-    points, along = points[keep], along[keep]
+    line, along = line[keep], along[keep]
     at_m = np.asarray(at_m, dtype=np.float64)
-    if len(points) == 1:
-        return np.broadcast_to(points[0], (*at_m.shape, 2)).copy()
-    piece = np.clip(np.searchsorted(along, at_m, side='right') - 1, 0, len(points) - 2)
-    direction = np.diff(points, axis=0) / np.diff(along)[:, None]
-    return points[piece] + (at_m - along[piece])[..., None] * direction[piece]
+    if len(line) == 1:
+        return np.array(np.broadcast_to(line[0], (*at_m.shape, 2)))
+    piece = np.clip(np.searchsorted(along, at_m, side='right') - 1, 0, len(line) - 2)
+    direction = np.diff(line, axis=0) / np.diff(along)[:, None]
+    sampled: NDArray[np.float64] = (
+        line[piece] + (at_m - along[piece])[..., None] * direction[piece]
+    )
+    return sampled
 
 
 def project_on_polyline(

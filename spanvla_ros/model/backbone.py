@@ -230,6 +230,13 @@ class Backbone(nn.Module):
         kept[images] = False
         self._buffer('text_positions', torch.nonzero(kept).flatten())
 
+    @property
+    def text_places(self) -> Tensor:
+        """Prompt positions that hold no visual token."""
+        places = self.text_positions
+        assert isinstance(places, Tensor)
+        return places
+
     def _buffer(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.contiguous(), persistent=False)
 

@@ -38,7 +38,8 @@ from spanvla_ros.model.checkpoint import (
     write_manifest,
     write_tensors,
 )
-from spanvla_ros.model.flow import euler, time_features
+from spanvla_ros.model.expert import EGO_FEATURES
+from spanvla_ros.model.flow import TIME_FEATURES, euler, time_features
 from spanvla_ros.model.policy import Policy, load_policy, save_policy, swap_directory
 from spanvla_ros.model.prompt import PromptLayout
 from spanvla_ros.runtime.backend import Backend
@@ -227,7 +228,7 @@ class _SharedData:
         self._casts = []
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        return model.SerializeToString(deterministic=True)
+        return bytes(model.SerializeToString(deterministic=True))
 
     def _store(self, array: np.ndarray) -> tuple[int, int]:
         content = np.ascontiguousarray(array).tobytes()
@@ -266,8 +267,8 @@ def example_inputs(policy: Policy) -> dict[str, tuple[torch.Tensor, ...]]:
         ),
         'step': (
             torch.zeros(1, config.waypoints, 3),
-            torch.zeros(1, policy.expert.time_in[0].in_features),
-            torch.zeros(1, policy.expert.ego_in.in_features),
+            torch.zeros(1, TIME_FEATURES),
+            torch.zeros(1, EGO_FEATURES),
             cache(bridged),
             cache(bridged),
             valid,

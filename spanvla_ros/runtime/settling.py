@@ -38,7 +38,7 @@ def settled(
         dx, dy = poses[index, 0] - kept[0], poses[index, 1] - kept[1]
         ahead_m = np.cos(kept[2]) * dx + np.sin(kept[2]) * dy
         if ahead_m < -ROLL_BACK_M:
-            return poses.copy()
+            return np.array(poses)
         turned = ahead_m > 0.0 and np.hypot(dx, dy) >= STANDSTILL_TRAVEL_M
         if ahead_m >= CREEP_MPS * step_s or turned:
             kept = poses[index]

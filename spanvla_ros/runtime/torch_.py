@@ -135,7 +135,8 @@ class _Step(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, ego: Tensor, keys: Tensor, values: Tensor, valid: Tensor
     ) -> Tensor:
-        return self.expert(x[:, None], time[:, None], ego, keys, values, valid)[:, 0]
+        velocity: Tensor = self.expert(x[:, None], time[:, None], ego, keys, values, valid)
+        return velocity[:, 0]
 
 
 def graph_modules(policy: Policy) -> dict[str, nn.Module]:

@@ -249,7 +249,8 @@ def _reaching(polygons: Polygons, view: View) -> Polygons:
     wide, high = _half_spans(view)
     across, down = depth * wide, depth * high
     sides = np.stack([depth - NEAR_M, across - left, across + left, down - up, down + up])
-    reaches = (np.maximum.reduceat(sides, polygons.start, axis=1) > 0.0).all(axis=0)
+    within = np.maximum.reduceat(sides, polygons.start, axis=1) > 0.0
+    reaches = np.asarray(within.all(axis=0))
     return select(polygons, local, reaches)
 
 
@@ -289,7 +290,8 @@ def _horizon_row(camera: CameraSpec) -> int:
 
 
 def _shown(color: ArrayLike, gain: ArrayLike) -> np.ndarray:
-    return np.rint(np.clip(np.asarray(color, dtype=np.float64) * np.asarray(gain), 0.0, 255.0))
+    scaled = np.asarray(color, dtype=np.float64) * np.asarray(gain)
+    return np.asarray(np.rint(np.clip(scaled, 0.0, 255.0)))
 
 
 def _paint(

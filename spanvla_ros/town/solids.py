@@ -94,10 +94,11 @@ class Solids:
     ) -> Float64[np.ndarray, 'n k 2']:
         index = slice(None) if owner is None else owner
         cos, sin = self._cos[index, None], self._sin[index, None]
-        return self._center[index, None] + np.stack(
+        corners: np.ndarray = self._center[index, None] + np.stack(
             [cos * local[..., 0] - sin * local[..., 1], sin * local[..., 0] + cos * local[..., 1]],
             axis=-1,
         )
+        return corners
 
     def _face_corners(self, box: np.ndarray, face: np.ndarray) -> np.ndarray:
         ground = self._corners[box[:, None], _FACE_CORNER[face]]
@@ -156,7 +157,7 @@ class Solids:
         may_hide = ~cannot_hide & self._same_direction(eye)
         may_hide &= ~np.eye(len(may_hide), dtype=bool)
         # Boxes that run into each other hide each other in part: no order can be right.
-        return may_hide.T & ~may_hide
+        return np.asarray(may_hide.T & ~may_hide)
 
     def _beyond(self) -> Bool[np.ndarray, '6 n n']:
         """True at [f, i, j] where box j lies wholly on the outer side of face f of box i."""
@@ -191,4 +192,4 @@ class Solids:
         y = to_center[:, None, 0] * to_corner[..., 1] - to_center[:, None, 1] * to_corner[..., 0]
         spread = np.abs(np.arctan2(y, x)).max(axis=1)
         apart = np.abs((azimuth[:, None] - azimuth + np.pi) % (2 * np.pi) - np.pi)
-        return apart < spread[:, None] + spread
+        return np.asarray(apart < spread[:, None] + spread)

@@ -68,7 +68,7 @@ def train(
     """Run one stage in this process of the group; see `TrainSettings` for its length."""
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     # Filling fresh memory is a debugging aid of that mode; nothing here reads it.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     module = STAGES[stage]
     shards = ShardSet(settings.data)
     policy = new_policy(ModelConfig(), settings.seed) if init is None else open_model(init)

@@ -47,7 +47,7 @@ def visible_facts(
         facts: from `town.snapshots.facts`.
         shown: from `presence`, of the same moment.
     """
-    visible = shown.any(axis=0)
+    visible = np.asarray(shown.any(axis=0))
     kept = facts.copy()
     if not (visible[RED - 1] or visible[GREEN - 1]):
         kept[_LIGHT_FACTS] = 0.0

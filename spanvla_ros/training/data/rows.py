@@ -99,7 +99,7 @@ def _past(config: ModelConfig, snapshot: Snapshot, ego: EgoState) -> list[EgoSta
     world = world_from_local(ego.pose, interpolate_poses(times_s, poses, dense_s))
     speeds = np.linalg.norm(np.diff(world[:, :2], axis=0), axis=1) / np.diff(dense_s)
     return [
-        EgoState(ego.stamp_ns + round(time_s * 1e9), *pose, speed)
+        EgoState(ego.stamp_ns + round(time_s * 1e9), pose[0], pose[1], pose[2], speed)
         for time_s, pose, speed in zip(
             dense_s[:-1].tolist(), world[:-1].tolist(), speeds.tolist(), strict=True
         )

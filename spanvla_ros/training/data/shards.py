@@ -305,7 +305,7 @@ def _camera_names(rows: Sequence[TrainingRow]) -> list[str]:
     return [next(iter(found), f'camera_{index}') for index, found in enumerate(names)]
 
 
-def _stacked(arrays: Sequence[Any], name: str) -> np.ndarray:
+def _stacked(arrays: Sequence[Any] | np.ndarray, name: str) -> np.ndarray:
     flat = [np.asarray(array).reshape(-1) for array in arrays]
     if len({array.size for array in flat}) != 1:
         raise ValueError(f'rows of one shard differ in the size of {name}')

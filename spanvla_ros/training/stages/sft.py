@@ -64,7 +64,7 @@ def run_backbone(
     if not settings.blind:
         embeds = policy.look(batch.images)
         return backbone.prefill(ids, embeds, valid, layers), embeds, batch.ids.shape[1]
-    text = backbone.text_positions
+    text = backbone.text_places
     answer = torch.arange(batch.ids.shape[1], ids.shape[1])
     places = torch.cat([text, answer])
     prefix = backbone.prefill(ids[:, places], None, valid[:, places], layers, places)
@@ -84,5 +84,5 @@ def bridge(policy: Policy, prefix: Prefix, batch: Batch, prompt: int, *, detach:
 
 def slots(policy: Policy, batch: Batch, settings: TrainSettings) -> Tensor:
     """Which slots of prompt and answer the expert may attend to."""
-    prompt = batch.valid[:, policy.backbone.text_positions] if settings.blind else batch.valid
+    prompt = batch.valid[:, policy.backbone.text_places] if settings.blind else batch.valid
     return torch.cat([prompt, batch.seen[:, : policy.config.answer_tokens]], 1)
