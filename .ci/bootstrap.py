@@ -245,7 +245,7 @@ def demo(environment: dict) -> int:
     """Drive the town for 20 s and say where the page is."""
     out = ROOT / 'out' / 'demo'
     command = [str(VENV / 'bin' / 'spanvla'), 'drive', '--seconds', '20', '--scenario', 'mix']
-    command += ['--seed', '0', '--out', str(out)]
+    command += ['--seed', '1', '--out', str(out)]
     code = subprocess.run(command, env=environment, cwd=str(ROOT)).returncode
     if code == 0:
         print(f'open {out / "index.html"}')

@@ -56,6 +56,7 @@ SCENARIOS = (*FAMILIES, MIX)
 RESPAWNED = ('guardian', 'follower', 'planner')
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
+END_TRUTH_S = 0.4
 SETTINGS: Mapping[str, Any] = {
     'recorder': RecorderSettings,
     'guardian': GuardianSettings,
@@ -265,6 +266,10 @@ class Drive:
                 bar.n = min(self.driven_s, seconds)
                 speed_mps, way_m = self.status['speed_mps'], self.status['distance_m']
                 bar.set_postfix_str(f'{speed_mps:.1f} m/s, {way_m:.0f} m')
+            # How a drive ended is in the scenes that follow its end.
+            settle_s = time.monotonic() + END_TRUTH_S
+            while time.monotonic() < settle_s:
+                spin()
             self.cost = meter.read()
             return failure
 

@@ -185,7 +185,8 @@ class TownNode(Node):
             self._odometry.publish(self._odometry_message(self.world.ego, stamp_ns))
             if step % self._steps_per_exposure == 0:
                 self._expose(stamp_ns)
-            if self._due(step, SCENE_PERIOD_S):
+            ended = self.world.finished and not finished
+            if ended or self._due(step, SCENE_PERIOD_S):
                 with_map = self._due(step, SCENE_PERIOD_S, SCENES_PER_MAP)
                 self._offer_truth(stamp_ns, with_map=with_map)
             if self._due(step, STATUS_PERIOD_S) or self.world.finished != finished:
