@@ -11,7 +11,12 @@ import time
 
 import pytest
 
-from spanvla_ros.model.checkpoint import GRAPHS, load_model_dir, write_manifest
+from spanvla_ros.model.checkpoint import (
+    GRAPHS,
+    load_model_dir,
+    shipped_model_dir,
+    write_manifest,
+)
 from spanvla_ros.runtime.engines import (
     Diagnosis,
     Engine,
