@@ -120,13 +120,6 @@ def project_on_polyline(
     return base[nearest] + along[row, nearest], np.copysign(distance, cross)
 
 
-def polyline_yaw(points: ArrayLike) -> Float64[np.ndarray, 'n']:
-    """Unwrapped direction of travel at each point of a polyline."""
-    points = np.asarray(points, dtype=np.float64)[:, :2]
-    step = np.gradient(points, axis=0)
-    return np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
-
-
 def box_corners(pose: ArrayLike, length_m: ArrayLike, width_m: ArrayLike) -> Points:
     """Corners of boxes by centre poses: front-left, rear-left, rear-right, front-right.
 

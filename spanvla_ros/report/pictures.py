@@ -140,11 +140,6 @@ def picture(shot: Picture) -> str:
     )
 
 
-def picture_strip(pictures: Sequence[Picture]) -> str:
-    """Pictures side by side, in rows."""
-    return f'<div class="strip">{"".join(picture(shot) for shot in pictures)}</div>'
-
-
 def picture_row(pictures: Sequence[Picture]) -> str:
     """The cameras of one moment side by side, in one row."""
     shape = 'trio' if len(pictures) > 1 else 'trio one'

@@ -57,7 +57,6 @@ margin-right:6px}
 .tip{position:absolute;pointer-events:none;background:var(--card);border:1px solid var(--line);
 border-radius:6px;padding:4px 8px;font-size:12px;white-space:nowrap;display:none;z-index:2;
 box-shadow:0 2px 8px rgba(0,0,0,.15);font-variant-numeric:tabular-nums}
-.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:10px}
 .picture{position:relative}
 .picture svg{border-radius:6px}
 .timeline{list-style:none;margin:0;padding:0;max-height:420px;overflow-y:auto}

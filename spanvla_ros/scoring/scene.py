@@ -30,7 +30,6 @@ from spanvla_ros.types import (
 AGENT_KINDS = ('vehicle', 'pedestrian', 'bicycle')
 STATIC_KINDS = ('traffic_cone', 'barrier', 'czone_sign', 'generic_object', 'static')
 HISTORY_TIMES_S = (-1.5, -1.0, -0.5, 0.0)
-HUMAN_POSES = 8
 MAX_AGENTS = 1_000
 MAX_STATES = 1_000
 MAX_ROADBLOCKS = 5_000
