@@ -33,6 +33,7 @@ STRIDE_S = 0.3
 PAIR_SPEED_MPS = 1.0
 FACTS = 14
 PAIR_KINDS = ('lead', 'light', 'pedestrian')
+WIDE_OFFSET_M, WIDE_HEADING_SD_RAD = 1.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ class _Moment:
 
 
 def sample_snapshots(
-    family: str, seed: int, count: int = 5, ranges: Ranges | None = None
+    family: str,
+    seed: int,
+    count: int = 5,
+    ranges: Ranges | None = None,
+    wide_share: float = 0.0,
 ) -> list[Snapshot]:
     """Labelled moments of one drive, those with something to see drawn more often.
 
@@ -75,14 +80,19 @@ def sample_snapshots(
         seed: the drive's seed; also that of the perturbations.
         count: how many moments, fewer if the drive is too short.
         ranges: what the drive is drawn from.
+        wide_share: of the moments, far beside the line and heading back to it.
     """
     ranges = ranges or Ranges()
     rng = np.random.default_rng([seed, 7])
+    wide = np.random.default_rng([seed, 13])
     moments = _drive_through(make_world(family, seed, ranges), rng)
     weights = np.array([m.weight for m in moments])
     count = min(count, len(moments))
     picked = rng.choice(len(moments), size=count, replace=False, p=weights / weights.sum())
-    return [perturbed(moments[i], rng, ranges) for i in sorted(picked.tolist())]
+    return [
+        perturbed(moments[i], rng, ranges, wide if wide.random() < wide_share else None)
+        for i in sorted(picked.tolist())
+    ]
 
 
 def _drive_through(world: World, rng: np.random.Generator) -> list[_Moment]:
@@ -94,7 +104,7 @@ def _drive_through(world: World, rng: np.random.Generator) -> list[_Moment]:
     while world.ego_s_m < world.around.goal_m and world.time_s < limit_s:
         plan = reference_plan(world)
         past = _past(track)
-        moments.append(_Moment(world.clone(), past, _weight(world, plan)))
+        moments.append(_Moment(world.clone(), past, moment_weight(world, plan)))
         steps = round(STRIDE_S / 0.1)
         start = world.state
         if start.speed_mps < 0.05 and plan.speeds_mps[9] < 0.05 and rng.random() < 0.5:
@@ -128,7 +138,8 @@ def _past(track: list[Float64[np.ndarray, '3']]) -> Float64[np.ndarray, '3 3']:
     return local_from_world(now, np.array(past))
 
 
-def _weight(world: World, plan: ReferencePlan) -> float:
+def moment_weight(world: World, plan: ReferencePlan) -> float:
+    """How often a moment is drawn: more often where there is something to see."""
     weight = 0.4
     for component in plan.components:
         name, how = component.kind, component.behaviour
@@ -148,8 +159,17 @@ def _weight(world: World, plan: ReferencePlan) -> float:
     return weight
 
 
-def perturbed(moment: _Moment, rng: np.random.Generator, ranges: Ranges) -> Snapshot:
-    """The moment with the ego moved off the line, at another speed, with its past redrawn."""
+def perturbed(
+    moment: _Moment,
+    rng: np.random.Generator,
+    ranges: Ranges,
+    wide: np.random.Generator | None = None,
+) -> Snapshot:
+    """The moment with the ego moved off the line, at another speed, with its past redrawn.
+
+    With `wide`, which draws how, it stands anywhere in its lane and heads back to the line: far
+    beside it and heading away, no picture tells whose lane that is.
+    """
     world = moment.world.clone()
     ego = world.state
     cap = _stoppable_mps(world)
@@ -165,7 +185,11 @@ def perturbed(moment: _Moment, rng: np.random.Generator, ranges: Ranges) -> Snap
         speed = redrawn
     if draws[3] < ranges.standstill_share and not consistent:
         speed = 0.0
-    side = float(np.clip(side, -1.1, 1.1)) - world.ego_d_m
+    side = float(np.clip(side, -1.1, 1.1))
+    if wide is not None:
+        side = float(wide.uniform(-WIDE_OFFSET_M, WIDE_OFFSET_M))
+        turn = -math.copysign(abs(wide.normal()) * WIDE_HEADING_SD_RAD, side)
+    side -= world.ego_d_m
     if speed < 0.2:
         # A standing car lies as it drove up: nearly straight.
         side, turn = 0.4 * side, 0.4 * turn

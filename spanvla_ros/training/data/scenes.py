@@ -2,7 +2,7 @@
 
 A shard is a function of (seed, its number, the settings) alone, so shards are drawn in parallel
 and a broken-off run goes on where it stopped. Seeds from 1,000,000 on are held out; a training set
-never reaches them.
+never reaches them. With `--driver` the moments are cut from that model's own drives.
 """
 
 from __future__ import annotations
@@ -22,16 +22,26 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from spanvla_ros.model.checkpoint import load_model_dir
 from spanvla_ros.model.config import ModelConfig, load_config
+from spanvla_ros.town.rollouts import rollout_snapshots
 from spanvla_ros.town.scenarios import (
     FAMILIES,
     HELD_OUT_SEED,
     MIX,
     Ranges,
     load_ranges,
+    make_world,
     ranges_sha256,
 )
-from spanvla_ros.town.snapshots import PAIR_KINDS, hazard_pairs, mirrored, sample_snapshots
+from spanvla_ros.town.snapshots import (
+    PAIR_KINDS,
+    Snapshot,
+    hazard_pairs,
+    mirrored,
+    sample_snapshots,
+)
+from spanvla_ros.training.contestants import Contestant, open_planner
 from spanvla_ros.training.data.rows import RowMaker
 from spanvla_ros.training.data.shards import FACTS, TrainingRow, write_shard
 from spanvla_ros.types import SpanvlaError
@@ -45,10 +55,22 @@ SHARES = {
     'turns': 0.12,
     MIX: 0.2,
 }
-MIRRORED_SHARE = {'lane_keeping': 0.25}
-MIRRORED_ELSEWHERE = 0.08
+# Of the drives for training; held-out drives all keep right, and stay in their lanes.
+MIRRORED_SHARE = 0.5
+WIDE_SHARE = 0.1
+# A model fails in turns and bends rather than in front of hazards.
+ROLLOUT_SHARES = {
+    'lane_keeping': 0.2,
+    'lead_vehicle': 0.2,
+    'pedestrian': 0.12,
+    'red_light': 0.14,
+    'turns': 0.26,
+    MIX: 0.08,
+}
 ROWS_PER_SHARD = 400
 MOMENTS_PER_DRIVE = 8
+MOMENTS_PER_ROLLOUT = 24
+MIX_IS_LONGER = 6
 SEEDS_PER_SHARD = 1_000
 PAIR_SEED_OFFSET = 500_000
 PAIRS_PER_SHARD = 50
@@ -67,6 +89,7 @@ class SceneRequest:
     families: tuple[str, ...]
     ranges: Ranges
     config: ModelConfig
+    driver: Path | None = None
 
     @property
     def held_out(self) -> bool:
@@ -103,6 +126,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--ranges', type=Path, help='YAML of scenario ranges')
     parser.add_argument('--model', type=Path, help='model directory whose cameras are used')
+    parser.add_argument(
+        '--driver', type=Path, help='model directory; moments come from its own drives'
+    )
     parser.add_argument('--workers', type=int, default=min(2, os.cpu_count() or 1))
 
 
@@ -115,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
         families=tuple(sorted(set(options.families), key=(*FAMILIES, MIX).index)),
         ranges=load_ranges(options.ranges),
         config=ModelConfig() if options.model is None else load_config(options.model),
+        driver=options.driver,
     )
     draw_scenes(request, options.out, workers=options.workers)
     return 0
@@ -170,21 +197,37 @@ def _moment_rows(job: ShardJob) -> Iterator[TrainingRow]:
     maker = RowMaker(request.config)
     rng = np.random.default_rng([request.seed, job.number, 3])
     families = request.families
-    shares = np.array([SHARES[name] for name in families])
+    shares = np.array([(ROLLOUT_SHARES if request.driver else SHARES)[f] for f in families])
     drawn = 0
     first = request.seed + job.number * SEEDS_PER_SHARD
     for seed in range(first, first + SEEDS_PER_SHARD):
         family = families[int(rng.choice(len(families), p=shares / shares.sum()))]
-        moments = MOMENTS_PER_DRIVE * (6 if family == MIX else 1)
-        share = 0.0 if request.held_out else MIRRORED_SHARE.get(family, MIRRORED_ELSEWHERE)
-        flip = rng.random() < share
-        for index, snapshot in enumerate(sample_snapshots(family, seed, moments, request.ranges)):
+        flip = rng.random() < (0.0 if request.held_out else MIRRORED_SHARE)
+        for index, snapshot in enumerate(_moments(request, family, seed)):
             name = f'{family}/{seed}/{index}' + ('/mirrored' if flip else '')
             yield maker.row(mirrored(snapshot) if flip else snapshot, name, rng)
             drawn += 1
             if drawn == job.rows:
                 return
     raise SpanvlaError(f'{job.path}: {SEEDS_PER_SHARD} drives gave {drawn} of {job.rows} rows')
+
+
+def _moments(request: SceneRequest, family: str, seed: int) -> list[Snapshot]:
+    longer = MIX_IS_LONGER if family == MIX else 1
+    if request.driver is None:
+        wide_share = 0.0 if request.held_out else WIDE_SHARE
+        count = MOMENTS_PER_DRIVE * longer
+        return sample_snapshots(family, seed, count, request.ranges, wide_share)
+    planner = open_planner(Contestant(request.driver, schedule='off'))
+    # Every drive starts at the same stamp: what was seen in the last one must be forgotten.
+    planner.reset()
+    return rollout_snapshots(
+        make_world(family, seed, request.ranges),
+        planner,
+        request.config,
+        np.random.default_rng([seed, 17]),
+        MOMENTS_PER_ROLLOUT * longer,
+    )
 
 
 def _pair_rows(job: ShardJob) -> Iterator[TrainingRow]:
@@ -253,6 +296,7 @@ def _describe(request: SceneRequest) -> dict[str, Any]:
         'pairs_per_kind': request.pairs,
         'held_out': request.held_out,
         'families': list(request.families),
+        'driver_sha256': request.driver and load_model_dir(request.driver).sha256,
         'ranges_sha256': ranges_sha256(request.ranges),
         'ranges': asdict(request.ranges),
         'cameras': [asdict(camera) for camera in config.cameras],

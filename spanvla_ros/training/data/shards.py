@@ -154,7 +154,7 @@ class ShardSet:
             SpanvlaError: there is no shard, a file is none, or the shards do not fit together.
         """
         self.path = Path(path)
-        files = sorted(self.path.glob(PATTERN))
+        files = sorted(self.path.rglob(PATTERN))
         if not files:
             raise SpanvlaError(f'{path}: holds no {PATTERN}; make some with `spanvla scenes`')
         self._shards = [_Shard(file) for file in files]

@@ -3,10 +3,12 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spanvla_ros.model.checkpoint import load_model_dir
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.reasoning import parse_decision
 from spanvla_ros.town.driver import reference_plan
@@ -18,6 +20,7 @@ from spanvla_ros.training.data.scenes import SceneRequest, draw_scenes
 from spanvla_ros.training.data.shards import ShardSet
 from spanvla_ros.types import SpanvlaError
 
+TOWN = Path(__file__).parents[3] / 'models' / 'town'
 REQUEST = SceneRequest(
     count=10,
     seed=0,
@@ -96,7 +99,9 @@ def test_a_row_holds_the_reference_plan_of_its_moment(drawn):
         family, seed, index, *flipped = row.sample.scene_id.split('/')
         if flipped:
             continue
-        snapshot = sample_snapshots(family, int(seed), scenes.MOMENTS_PER_DRIVE)[int(index)]
+        snapshot = sample_snapshots(
+            family, int(seed), scenes.MOMENTS_PER_DRIVE, wide_share=scenes.WIDE_SHARE
+        )[int(index)]
         plan = reference_plan(snapshot.world)
         np.testing.assert_allclose(row.sample.future, plan.poses[4::5], atol=1e-9)
         seen = row.sample.observation
@@ -147,3 +152,17 @@ def test_an_older_text_tells_of_larger_distances():
         metres = [int(text.split(' light ')[1].split(' ')[0])]
         assert metres[0] == pytest.approx(min(lights) + 2.0 * plan.speed_mps, abs=2.6)
     assert found
+
+
+def test_rows_from_a_driver_come_from_its_own_drive(tmp_path):
+    request = replace(REQUEST, count=3, families=('turns',), driver=TOWN)
+    draw_scenes(request, tmp_path)
+    rows = ShardSet(tmp_path).rows(range(3))
+    # Pasts a drawn perturbation would not have: the driver steers at all times.
+    for row in rows:
+        assert row.sample.observation.history_valid.all()
+        assert row.sample.observation.history[0, 0] < 0.0
+    manifest = json.loads((tmp_path / 'manifest.json').read_text())
+    assert manifest['driver_sha256'] == load_model_dir(TOWN).sha256
+    with pytest.raises(SpanvlaError, match='driver_sha256'):
+        draw_scenes(replace(request, driver=None), tmp_path)
