@@ -24,7 +24,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.config import ModelConfig, bridged_layers
 from spanvla_ros.types import SpanvlaError
 
 transformers_logging.disable_progress_bar()
@@ -171,7 +171,7 @@ class Backbone(nn.Module):
         self.heads: int = text.num_attention_heads
         self.kv_heads: int = text.num_key_value_heads
         self.head_size: int = self.hidden // self.heads
-        self.bridged = tuple(range(0, self.layers, config.interval))
+        self.bridged = bridged_layers(self.layers, config.interval)
         self.prompt_tokens = config.prompt_tokens
         self.epsilon: float = text.rms_norm_eps
         self._place_vision(config)

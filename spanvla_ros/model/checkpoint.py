@@ -30,6 +30,11 @@ SUFFIXES = ('.safetensors', '.json', '.yaml', '.onnx', '.data', '.md', '.txt')
 GRAPHS = ('vision', 'prefill_action', 'prefill_reason', 'decode', 'step')
 
 
+def graphs_of(config: ModelConfig) -> tuple[str, ...]:
+    """The five graphs of a model; the last depends on its head."""
+    return (*GRAPHS[:-1], config.expert_graph)
+
+
 @dataclass(frozen=True)
 class ModelDirectory:
     """A verified model directory.
@@ -48,7 +53,7 @@ class ModelDirectory:
     @property
     def has_graphs(self) -> bool:
         """Whether all five ONNX graphs are there."""
-        return all(f'{GRAPHS_DIR}/{name}.onnx' in self.files for name in GRAPHS)
+        return all(f'{GRAPHS_DIR}/{name}.onnx' in self.files for name in graphs_of(self.config))
 
     def graph(self, name: str) -> Path:
         """Path of one ONNX graph; absent graphs raise `SpanvlaError` with the fix."""

@@ -7,6 +7,7 @@ spacing of history, route and waypoints, the source of the flow, the static toke
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from spanvla_ros.types import SCHEDULES, SpanvlaError
 
 FAMILIES = ('qwen2_5_vl',)
 SOURCES = ('history', 'constant_velocity', 'gaussian')
+HEAD_KINDS = ('flow', 'l1', 'diffusion', 'parallel', 'tokens', 'text')
+# A waypoint in words: x, y, yaw, and the mark that parts it from the next.
+WAYPOINT_WORDS = 4
 CONFIG_FILE = 'config.yaml'
 
 
@@ -59,7 +63,9 @@ class ModelConfig:
 
     `prompt_tokens` is the static length P of the prompt, `reasoning_slot` the room in it for the
     last finished reasoning, `answer_tokens` the longest generated reasoning R with its marks.
-    `interval` is the distance between bridged layers, `steps` the default of Euler steps.
+    Every `interval`-th layer is bridged, from the first; 0 bridges the last alone. `steps` is the
+    default of Euler steps. `head` names one of `model.action_heads.HEADS`, `anchors` the number of
+    trajectories its `diffusion` starts from.
     """
 
     name: str = 'town'
@@ -74,6 +80,8 @@ class ModelConfig:
     route_points: int = 5
     route_step_m: float = 15.0
     interval: int = 2
+    head: str = 'flow'
+    anchors: int = 20
     source: str = 'history'
     steps: int = 5
     noise_std: float = 0.3
@@ -124,9 +132,30 @@ class ModelConfig:
         return self.horizon_s / self.waypoints * np.arange(1.0, self.waypoints + 1.0)
 
     @property
+    def action_room(self) -> int:
+        """Tokens of an action that the language model says itself; 0 where an expert plans."""
+        words = {'tokens': 1, 'text': WAYPOINT_WORDS}
+        return self.waypoints * words.get(self.head, 0)
+
+    @property
+    def expert_graph(self) -> str:
+        """The graph of the expert: `propose` where it is not one state in, one velocity out."""
+        return 'propose' if self.head in ('diffusion', 'parallel') else 'step'
+
+    @property
+    def answer_room(self) -> int:
+        """Slots after the prompt: the reasoning with its marks, then a spoken action."""
+        return self.answer_tokens + self.action_room
+
+    @property
     def sequence_tokens(self) -> int:
-        """Static length S = P + R of prompt and generated reasoning."""
-        return self.prompt_tokens + self.answer_tokens
+        """Static length S = P + R of the prompt and of what may be generated."""
+        return self.prompt_tokens + self.answer_room
+
+
+def bridged_layers(layers: int, interval: int) -> tuple[int, ...]:
+    """The bridged ones of `layers`: every `interval`-th from the first, or with 0 the last."""
+    return tuple(range(0, layers, interval)) if interval else (layers - 1,)
 
 
 def load_config(model_dir: str | Path) -> ModelConfig:
@@ -176,6 +205,11 @@ def with_settings(config: ModelConfig, **settings: Any) -> ModelConfig:
     return changed
 
 
+def typed_settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some settings of a model by name, each of its type, for `with_settings`."""
+    return _typed_fields(ModelConfig, dict(raw), where)
+
+
 def _camera(entry: object, where: str) -> CameraSpec:
     if not isinstance(entry, dict):
         raise SpanvlaError(f'{where}: must be a mapping, not {entry!r:.40}')
@@ -209,7 +243,12 @@ def _typed_fields(kind: type, raw: dict[Any, Any], where: str) -> dict[str, Any]
 
 
 def _check(config: ModelConfig, where: str) -> None:
-    for name, allowed in (('family', FAMILIES), ('source', SOURCES), ('schedule', SCHEDULES)):
+    for name, allowed in (
+        ('family', FAMILIES),
+        ('source', SOURCES),
+        ('head', HEAD_KINDS),
+        ('schedule', SCHEDULES),
+    ):
         if getattr(config, name) not in allowed:
             raise SpanvlaError(
                 f'{where}: {name} is {getattr(config, name)!r}; use one of {", ".join(allowed)}'
@@ -219,15 +258,11 @@ def _check(config: ModelConfig, where: str) -> None:
         if (
             isinstance(value, int | float)
             and value <= 0
-            and field.name
-            not in (
-                'noise_std',
-                'reasoning_slot',
-            )
+            and field.name not in ('noise_std', 'reasoning_slot', 'interval')
         ):
             raise SpanvlaError(f'{where}: {field.name} is {value}; it must be above zero')
-    if config.noise_std < 0 or config.reasoning_slot < 0:
-        raise SpanvlaError(f'{where}: noise_std and reasoning_slot must not be negative')
+    if min(config.noise_std, config.reasoning_slot, config.interval) < 0:
+        raise SpanvlaError(f'{where}: noise_std, reasoning_slot and interval must not be negative')
     if abs(config.history_poses * config.history_step_s - config.history_s) > 1e-6:
         raise SpanvlaError(f'{where}: history_s must be a multiple of history_step_s')
     if len(set(config.camera_names)) != len(config.cameras):

@@ -63,9 +63,14 @@ class ExpertBlock(nn.Module):
 
 
 class ActionExpert(nn.Module):
-    """The velocity of a flow from source to trajectory, given bridged K/V."""
+    """The velocity of a flow from source to trajectory, given bridged K/V.
 
-    def __init__(self, backbone: Backbone, width: int, waypoints: int, sequence: int) -> None:
+    For other heads of `model.action_heads` the same network gives `outputs` other numbers.
+    """
+
+    def __init__(
+        self, backbone: Backbone, width: int, waypoints: int, sequence: int, outputs: int = AXES
+    ) -> None:
         """Fit an expert to `backbone`; waypoints stand at rotary positions after `sequence`."""
         super().__init__()
         heads, kv_heads, size = backbone.heads, backbone.kv_heads, backbone.head_size
@@ -79,7 +84,7 @@ class ActionExpert(nn.Module):
         self.blocks = nn.ModuleList(
             ExpertBlock(width, heads, kv_heads, size) for _ in backbone.bridged
         )
-        self.velocity = nn.Linear(width, AXES)
+        self.velocity = nn.Linear(width, outputs)
         nn.init.zeros_(self.velocity.weight)
         nn.init.zeros_(self.velocity.bias)
         places = slice(sequence, sequence + waypoints)
@@ -89,7 +94,7 @@ class ActionExpert(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, ego: Tensor, keys: Tensor, values: Tensor, valid: Tensor
     ) -> Tensor:
-        """Velocity `[B, D, T, 3]` of D independent draws a scene on one prefix.
+        """Velocity (or outputs) `[B, D, T, 3]` of D independent draws a scene on one prefix.
 
         Args:
             x: states of the flow `[B, D, T, 3]`, normalised.

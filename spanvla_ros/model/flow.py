@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from spanvla_ros.geometry import wrap_angle
+from spanvla_ros.model.action_tokens import CODEBOOK_FILE, ActionCodebook, load_codebook
 from spanvla_ros.model.checkpoint import write_text
 from spanvla_ros.model.config import SOURCES, ModelConfig
 from spanvla_ros.types import Observation, SpanvlaError
@@ -34,19 +35,34 @@ MAX_HALF_TURN_RAD = 1.2
 
 @dataclass(frozen=True)
 class Normalization:
-    """Spread of trajectory minus source path for each waypoint and axis (x m, y m, yaw rad)."""
+    """What a head's numbers mean in metres.
+
+    `std` is the spread of trajectory minus source path for each waypoint and axis (x m, y m, yaw
+    rad); `anchors`, of the diffusion head, are differences in that unit; `codebook` is there where
+    the head speaks in action tokens.
+    """
 
     source: str
     std: Float64[np.ndarray, 't 3']
+    anchors: Float64[np.ndarray, 'k t 3'] | None = None
+    codebook: ActionCodebook | None = None
+
+    @property
+    def actions(self) -> ActionCodebook:
+        """The codebook; a model without raises `SpanvlaError`."""
+        if self.codebook is None:
+            raise SpanvlaError('the model has no action codebook; train this head first')
+        return self.codebook
 
 
 def load_normalization(model_dir: str | Path, config: ModelConfig) -> Normalization:
-    """Read `normalization.json` and check it against the configuration."""
+    """Read `normalization.json`, and the codebook where there is one; check both."""
     path = Path(model_dir) / NORMALIZATION_FILE
     try:
         raw = json.loads(path.read_text(encoding='utf-8'))
         std = np.asarray(raw['std'], dtype=np.float64)
         source = raw['source']
+        anchors = np.asarray(raw['anchors'], dtype=np.float64) if 'anchors' in raw else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpanvlaError(f'{path}: not readable ({error}); train or fetch the model') from error
     if std.shape != (config.waypoints, 3) or not (np.isfinite(std).all() and (std > 0).all()):
@@ -55,12 +71,22 @@ def load_normalization(model_dir: str | Path, config: ModelConfig) -> Normalizat
         raise SpanvlaError(
             f'{path}: made for source {source!r}, config.yaml has {config.source!r}'
         )
-    return Normalization(source, std)
+    if anchors is not None and (anchors.shape[1:] != std.shape or not np.isfinite(anchors).all()):
+        raise SpanvlaError(f'{path}: anchors must be finite, of {config.waypoints} x 3 each')
+    codebook = None
+    if (Path(model_dir) / CODEBOOK_FILE).is_file():
+        codebook = load_codebook(model_dir)
+    return Normalization(source, std, anchors, codebook)
 
 
 def write_normalization(model_dir: str | Path, normalization: Normalization) -> None:
     """Write `normalization.json` in one atomic step."""
-    content = {'source': normalization.source, 'std': normalization.std.tolist()}
+    content: dict[str, object] = {
+        'source': normalization.source,
+        'std': normalization.std.tolist(),
+    }
+    if normalization.anchors is not None:
+        content['anchors'] = normalization.anchors.tolist()
     write_text(Path(model_dir) / NORMALIZATION_FILE, json.dumps(content, indent=1) + '\n')
 
 

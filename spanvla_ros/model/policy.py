@@ -11,13 +11,16 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
+from spanvla_ros.model.action_heads import ExpertHead, expert_outputs, head_of
 from spanvla_ros.model.action_tokens import (
     CODEBOOK_FILE,
     ActionCodebook,
@@ -50,6 +53,7 @@ from spanvla_ros.model.flow import (
 )
 from spanvla_ros.model.heads import PictureHeads
 from spanvla_ros.model.prompt import (
+    ACTION_WORDS,
     PromptLayout,
     build_tokenizer,
     load_tokenizer,
@@ -71,10 +75,14 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
-        extra = config.answer_tokens + max(config.waypoints, ANSWER_ACTIONS) + 2
+        extra = config.answer_room + max(config.waypoints, ANSWER_ACTIONS) + 2
         self.backbone = Backbone(network, config, layout.image_positions.tolist(), extra)
         self.expert = ActionExpert(
-            self.backbone, config.expert_width, config.waypoints, config.sequence_tokens
+            self.backbone,
+            config.expert_width,
+            config.waypoints,
+            config.sequence_tokens,
+            expert_outputs(config),
         )
         self.heads = PictureHeads(self.backbone.hidden, len(layout.image_positions))
         self.normalization: Normalization | None = None
@@ -88,26 +96,38 @@ class Policy(nn.Module):
         return tokens.reshape(batch, pictures * tokens.shape[1], -1)
 
     @torch.no_grad()
-    def plan(self, prefix: Prefix, ego: Tensor, valid: Tensor, steps: int | None = None) -> Tensor:
-        """Normalised trajectories `[B, T, 3]` by Euler steps from the noise-free source.
+    def plan(
+        self,
+        prefix: Prefix,
+        ego: Tensor,
+        valid: Tensor,
+        sources: Float64[np.ndarray, 'b t 3'],
+        steps: int | None = None,
+    ) -> Float64[np.ndarray, 'b t 3']:
+        """Poses in `base_link` by an expert head, from the noise-free source.
 
         Args:
             prefix: K/V of the bridged layers.
             ego: ego features `[B, 20]`.
             valid: slots that may be attended `[B, S]`.
+            sources: source paths.
             steps: number of Euler steps, the configuration's if None.
         """
-        steps = steps or self.config.steps
-        x = torch.zeros(ego.shape[0], 1, self.config.waypoints, 3)
-        for index in range(steps):
-            time = torch.from_numpy(time_features(index / steps)).expand(ego.shape[0], 1, -1)
-            x = x + self.expert(x, time, ego, prefix.keys, prefix.values, valid).float() / steps
-        return x[:, 0]
+        head = head_of(self.config)
+        if not isinstance(head, ExpertHead) or self.normalization is None:
+            raise SpanvlaError(f'head {self.config.head}: plans only by `runtime.planner`')
+
+        def ask(x: np.ndarray, at: float) -> np.ndarray:
+            time = torch.from_numpy(time_features(at)).expand(*x.shape[:2], -1)
+            found = self.expert(torch.from_numpy(x), time, ego, prefix.keys, prefix.values, valid)
+            return np.asarray(found.float().numpy())
+
+        return head.plan(self.config, self.normalization, ask, steps or self.config.steps, sources)
 
 
 def new_policy(config: ModelConfig, seed: int = 0) -> Policy:
     """A tiny policy with freshly drawn weights, the same for the same seed."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(max(ACTION_WORDS, config.action_tokens))
     special = tokenizer.get_vocab(with_added_tokens=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,6 +136,27 @@ def new_policy(config: ModelConfig, seed: int = 0) -> Policy:
         numbers = dict(zip(ids.tolist(), values.tolist(), strict=True))
         draw_weights(network, numbers, torch.Generator().manual_seed(seed))
         return Policy(config, PromptLayout(config, tokenizer), network)
+
+
+def with_config(policy: Policy, config: ModelConfig, seed: int = 0) -> Policy:
+    """The same backbone under another configuration, with a fresh expert.
+
+    What was read off the data is kept as far as it still means the same.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layout = PromptLayout(config, policy.layout.tokenizer)
+        changed = Policy(config, layout, policy.backbone.network)
+    changed.heads.load_state_dict(policy.heads.state_dict())
+    before = policy.config
+    same_points = (before.waypoints, before.horizon_s) == (config.waypoints, config.horizon_s)
+    if same_points and before.action_tokens == config.action_tokens:
+        changed.codebook = policy.codebook
+    if same_points and before.source == config.source and policy.normalization is not None:
+        changed.normalization = replace(
+            policy.normalization, anchors=None, codebook=changed.codebook
+        )
+    return changed
 
 
 def load_policy(model_dir: str | Path) -> Policy:

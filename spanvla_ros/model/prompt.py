@@ -13,6 +13,7 @@ Deviations: past speed is carried by the past poses; the last finished reasoning
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,12 @@ def number_word(value: float) -> str:
     return f'{steps * NUMBER_STEP:g}' if steps else '0'
 
 
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(action_words: int = ACTION_WORDS) -> Tokenizer:
     """The word-level tokenizer of the tiny family: marks, actions, numbers, words."""
     tokenizers = _tokenizers()
     count = round((NUMBER_HIGH - NUMBER_LOW) / NUMBER_STEP) + 1
     numbers = [number_word(NUMBER_LOW + NUMBER_STEP * i) for i in range(count)]
-    actions = [action_word(i) for i in range(ACTION_WORDS)]
+    actions = [action_word(i) for i in range(action_words)]
     words = list(dict.fromkeys([*SPECIALS, *actions, *numbers, *WORDS.split()]))
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -253,6 +254,21 @@ class PromptLayout:
         """Action token indices among generated ids, in order."""
         index_of = {int(token): index for index, token in enumerate(self.action_ids)}
         return [index_of[int(token)] for token in ids if int(token) in index_of]
+
+    def encode_text(self, text: str) -> Int64[np.ndarray, 'a']:
+        """Ids of plain text."""
+        return self._ids(text)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of ids, marks left out."""
+        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+
+    @cached_property
+    def text_ids(self) -> Int64[np.ndarray, 'v']:
+        """All tokens that are plain text."""
+        marks = self.reasoning_mask(self.tokenizer.get_vocab_size())
+        marks[[self.think_end_id, self.action_start_id]] = False
+        return np.flatnonzero(marks)
 
     def reasoning_mask(self, vocabulary: int) -> Bool[np.ndarray, 'v']:
         """Which tokens a reasoning may hold: text and its two ends, no action or picture marks."""

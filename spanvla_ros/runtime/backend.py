@@ -1,9 +1,9 @@
 """The five functions every engine offers, on numpy arrays of static shape, batch 1.
 
 Sizes: C cameras, K frames a camera, n visual tokens a picture, P prompt tokens, R answer tokens,
-S = P + R, L layers, B bridged layers (every `interval`-th, from layer 0), V vocabulary, T
-waypoints. Keys are stored after their rotary turn. `valid` is 1 for a token that may be attended
-and 0 for one that is masked. The Euler loop, the schedule and sampling belong to the planner.
+S = P + R, L layers, B bridged layers (`model.config.bridged_layers`), V vocabulary, T waypoints.
+Keys are stored after their rotary turn. `valid` is 1 for a token that may be attended and 0 for
+one that is masked. The Euler loop, the schedule and sampling belong to the planner.
 """
 
 from __future__ import annotations
@@ -82,6 +82,44 @@ class Backend(Protocol):
         """Velocity of the flow at normalised trajectory `x`."""
 
 
+@runtime_checkable
+class ProposingBackend(Protocol):
+    """An engine that runs the expert of a head with several states or other numbers (`propose`).
+
+    D draws, A numbers a waypoint: `model.action_heads.ExpertHead`.
+    """
+
+    def propose(
+        self,
+        x: Float32[Array, '1 d t 3'],
+        time: Float32[Array, '1 f'],
+        ego: Float32[Array, '1 m'],
+        keys: Float32[Array, 'b 1 g s e'],
+        values: Float32[Array, 'b 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> Float32[Array, '1 d t a']:
+        """The expert's answer at the states `x`."""
+
+
+def ask_expert(
+    backend: Backend,
+    x: Float32[Array, '1 d t 3'],
+    time: Float32[Array, '1 f'],
+    ego: Float32[Array, '1 m'],
+    keys: Float32[Array, 'b 1 g s e'],
+    values: Float32[Array, 'b 1 g s e'],
+    valid: Float32[Array, '1 s'],
+) -> Float32[Array, '1 d t a']:
+    """Run the graph of an expert head once; `step` takes one draw."""
+    if backend.config.expert_graph == 'step':
+        return backend.step(x[:, 0], time, ego, keys, values, valid)[:, None]
+    if not isinstance(backend, ProposingBackend):
+        raise SpanvlaError(
+            f'backend {backend.name}: runs no head {backend.config.head}; use onnxruntime or torch'
+        )
+    return backend.propose(x, time, ego, keys, values, valid)
+
+
 @dataclass(frozen=True)
 class DeviceCache:
     """Bridged keys and values that stay on the device of the engine that made them."""
@@ -114,6 +152,10 @@ class DeviceBackend(Protocol):
 def _load_tensorrt(directory: ModelDirectory, *, may_build: bool = True) -> Backend:
     from spanvla_ros.runtime.tensorrt_ import TensorRTBackend
 
+    if directory.config.expert_graph != 'step':
+        raise SpanvlaError(
+            f'{directory.path}: TensorRT runs no head {directory.config.head}; use onnxruntime'
+        )
     return TensorRTBackend(directory, may_build=may_build)
 
 

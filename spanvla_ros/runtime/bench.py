@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from spanvla_ros.model.checkpoint import GRAPHS, ModelDirectory, load_model_dir, shipped_model_dir
+from spanvla_ros.model.checkpoint import (
+    GRAPHS,
+    ModelDirectory,
+    graphs_of,
+    load_model_dir,
+    shipped_model_dir,
+)
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.flow import load_normalization
 from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
@@ -127,7 +133,8 @@ def propose(stages: Mapping[str, Timing], config: ModelConfig, budget: float) ->
 def _floors(directory: ModelDirectory, ceiling: Ceiling) -> dict[str, float]:
     if not directory.has_graphs:
         return {}
-    return {name: work_of(directory.graph(name)).floor_ms(ceiling) for name in GRAPHS}
+    graphs = zip(GRAPHS, graphs_of(directory.config), strict=True)
+    return {name: work_of(directory.graph(graph)).floor_ms(ceiling) for name, graph in graphs}
 
 
 def _planning(directory: ModelDirectory, backend: Backend) -> Callable[[], object]:

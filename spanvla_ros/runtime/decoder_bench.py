@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from spanvla_ros.model.checkpoint import ModelDirectory, load_model_dir, shipped_model_dir
+from spanvla_ros.model.config import bridged_layers
 from spanvla_ros.model.flow import euler
 from spanvla_ros.runtime.backend import Backend, open_backend
 from spanvla_ros.runtime.decoder_shapes import DecoderShape, decoder_graph
@@ -86,7 +87,7 @@ def decoder_calls(backend: Backend, directory: ModelDirectory) -> dict[str, Call
         calls[f'parallel-{count}'] = shape_call(replace(sizes, tokens=count))
     expert = replace(
         sizes,
-        layers=len(range(0, sizes.layers, config.interval)),
+        layers=len(bridged_layers(sizes.layers, config.interval)),
         width=config.expert_width,
         inner=3 * config.expert_width,
         tokens=config.waypoints,

@@ -30,19 +30,21 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from spanvla_ros.model.action_heads import expert_draws
 from spanvla_ros.model.checkpoint import (
-    GRAPHS,
     GRAPHS_DIR,
     ModelDirectory,
+    graphs_of,
     load_model_dir,
     write_manifest,
     write_tensors,
 )
+from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.expert import EGO_FEATURES
 from spanvla_ros.model.flow import TIME_FEATURES, euler, time_features
 from spanvla_ros.model.policy import Policy, load_policy, save_policy, swap_directory
 from spanvla_ros.model.prompt import PromptLayout
-from spanvla_ros.runtime.backend import Backend
+from spanvla_ros.runtime.backend import Backend, ask_expert
 from spanvla_ros.runtime.gate import check_graph
 from spanvla_ros.runtime.onnx_ import INPUTS, OUTPUTS, OnnxBackend
 from spanvla_ros.runtime.torch_ import TorchBackend, graph_modules
@@ -139,7 +141,7 @@ def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
         counts[name] = len(model.graph.node)
         (folder / f'{name}.onnx').write_bytes(data.finish(model))
     (folder / DATA_FILE).write_bytes(data.content)
-    for name in GRAPHS:
+    for name in graphs_of(policy.config):
         check_graph(folder / f'{name}.onnx')
     return counts
 
@@ -240,6 +242,13 @@ class _SharedData:
         return self._places[key]
 
 
+def _states(config: ModelConfig) -> tuple[int, ...]:
+    """Shape of the states in one question to the expert, axes left out."""
+    if config.expert_graph == 'step':
+        return (config.waypoints,)
+    return expert_draws(config), config.waypoints
+
+
 def example_inputs(policy: Policy) -> dict[str, tuple[torch.Tensor, ...]]:
     """Zero inputs of the right shapes for every graph."""
     config, backbone = policy.config, policy.backbone
@@ -265,8 +274,8 @@ def example_inputs(policy: Policy) -> dict[str, tuple[torch.Tensor, ...]]:
             cache(layers),
             valid,
         ),
-        'step': (
-            torch.zeros(1, config.waypoints, 3),
+        config.expert_graph: (
+            torch.zeros(1, *_states(config), 3),
             torch.zeros(1, TIME_FEATURES),
             torch.zeros(1, EGO_FEATURES),
             cache(bridged),
@@ -320,8 +329,8 @@ def replay_case(
     ids, valid = golden['ids'][case : case + 1], golden['valid'][case : case + 1]
     keys, values = backend.prefill_action(ids, embeds, valid)
     all_keys, all_values, logits = backend.prefill_reason(ids, embeds, valid)
-    answer_room = ((0, 0), (0, 0), (0, 0), (0, config.answer_tokens), (0, 0))
-    seen = np.pad(valid, ((0, 0), (0, config.answer_tokens)))
+    answer_room = ((0, 0), (0, 0), (0, 0), (0, config.answer_room), (0, 0))
+    seen = np.pad(valid, ((0, 0), (0, config.answer_room)))
     token = golden['answer'][case].reshape(1, 1)
     position = np.array([config.prompt_tokens], dtype=np.int64)
     decoded = backend.decode(
@@ -330,17 +339,22 @@ def replay_case(
     keys_all, values_all = np.pad(keys, answer_room), np.pad(values, answer_room)
     ego = golden['ego'][case : case + 1]
 
-    def velocity(x: np.ndarray, when: float) -> np.ndarray:
-        return backend.step(x, time_features(when)[None], ego, keys_all, values_all, seen)
+    def answer(x: np.ndarray, when: float) -> np.ndarray:
+        states = x if x.ndim == 4 else x[:, None]
+        found = ask_expert(
+            backend, states, time_features(when)[None], ego, keys_all, values_all, seen
+        )
+        return found if x.ndim == 4 else found[:, 0]
 
-    start = np.zeros((1, config.waypoints, 3), np.float32)
+    start = np.zeros((1, *_states(config), 3), np.float32)
+    once = answer(start, 0.0)
     return {
         'vision': embeds,
         'prefill_action': np.stack([keys, values]),
         'prefill_reason': np.concatenate([all_keys.ravel(), all_values.ravel(), logits.ravel()]),
         'decode': np.concatenate([array.ravel() for array in decoded]),
-        'step': velocity(start, 0.0),
-        'state': euler(velocity, start, config.steps),
+        config.expert_graph: once,
+        'state': euler(answer, start, config.steps) if config.expert_graph == 'step' else once,
     }
 
 
@@ -356,7 +370,7 @@ def compare(
         [replay_case(engine, golden, case) for case in range(GOLDEN_CASES)] for engine in engines
     ]
     report = []
-    for name in (*GRAPHS, 'state'):
+    for name in (*graphs_of(policy.config), 'state'):
         ours = np.stack([case[name] for case in found[0]]).astype(np.float64)
         theirs = np.stack([case[name] for case in found[1]]).astype(np.float64)
         absolute = float(np.abs(ours - theirs).max())

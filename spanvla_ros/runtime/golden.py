@@ -38,9 +38,9 @@ def golden_state(
     pixels = golden['images'][case].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255.0)
     embeds = np.concatenate([backend.vision(picture[None]) for picture in pixels])
     ids, valid = golden['ids'][case : case + 1], golden['valid'][case : case + 1]
-    room = ((0, 0), (0, 0), (0, 0), (0, config.answer_tokens), (0, 0))
+    room = ((0, 0), (0, 0), (0, 0), (0, config.answer_room), (0, 0))
     keys, values = (np.pad(part, room) for part in backend.prefill_action(ids, embeds, valid))
-    seen = np.pad(valid, ((0, 0), (0, config.answer_tokens)))
+    seen = np.pad(valid, ((0, 0), (0, config.answer_room)))
     ego = golden['ego'][case : case + 1]
 
     def velocity(x: np.ndarray, when: float) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from spanvla_ros.model.checkpoint import GRAPHS, GRAPHS_DIR, ModelDirectory
+from spanvla_ros.model.action_heads import expert_draws
+from spanvla_ros.model.checkpoint import GRAPHS_DIR, ModelDirectory, graphs_of
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
@@ -27,6 +28,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     'prefill_reason': ('ids', 'embeds', 'valid'),
     'decode': ('token', 'position', 'keys', 'values', 'valid'),
     'step': ('x', 'time', 'ego', 'keys', 'values', 'valid'),
+    'propose': ('x', 'time', 'ego', 'keys', 'values', 'valid'),
 }
 OUTPUTS: Mapping[str, tuple[str, ...]] = {
     'vision': ('embeds',),
@@ -34,6 +36,7 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = {
     'prefill_reason': ('keys', 'values', 'logits'),
     'decode': ('logits', 'new_keys', 'new_values'),
     'step': ('velocity',),
+    'propose': ('answer',),
 }
 _LOCATION_KEY = b'\x0a\x08location\x12'
 
@@ -58,7 +61,8 @@ class OnnxBackend:
         """
         self.config: ModelConfig = directory.config
         self._sessions = {
-            name: _open_session(directory, name, providers, threads) for name in GRAPHS
+            name: _open_session(directory, name, providers, threads)
+            for name in graphs_of(self.config)
         }
         _check_shapes(self._sessions, directory)
 
@@ -109,6 +113,18 @@ class OnnxBackend:
     ) -> Float32[Array, '1 t 3']:
         """Velocity of the flow."""
         return self._run('step', x, time, ego, keys, values, valid)[0]
+
+    def propose(
+        self,
+        x: Float32[Array, '1 d t 3'],
+        time: Float32[Array, '1 f'],
+        ego: Float32[Array, '1 m'],
+        keys: Float32[Array, 'b 1 g s e'],
+        values: Float32[Array, 'b 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> Float32[Array, '1 d t a']:
+        """The expert's answer at several states."""
+        return self._run('propose', x, time, ego, keys, values, valid)[0]
 
     def _run(self, graph: str, *arrays: Array) -> list[Array]:
         feed = dict(zip(INPUTS[graph], arrays, strict=True))
@@ -195,9 +211,12 @@ def _check_shapes(sessions: Mapping[str, Any], directory: ModelDirectory) -> Non
         ('prefill_action', 'ids'): (1, config.prompt_tokens),
         ('prefill_reason', 'ids'): (1, config.prompt_tokens),
         ('decode', 'valid'): (1, config.sequence_tokens),
-        ('step', 'x'): (1, config.waypoints, 3),
-        ('step', 'valid'): (1, config.sequence_tokens),
+        (config.expert_graph, 'valid'): (1, config.sequence_tokens),
     }
+    if config.expert_graph == 'step':
+        wanted['step', 'x'] = (1, config.waypoints, 3)
+    else:
+        wanted['propose', 'x'] = (1, expert_draws(config), config.waypoints, 3)
     for (graph, name), shape in wanted.items():
         actual = next(tuple(i.shape) for i in sessions[graph].get_inputs() if i.name == name)
         if actual != shape:

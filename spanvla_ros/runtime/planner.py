@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,21 +20,28 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from spanvla_ros.geometry import world_from_local
+from spanvla_ros.model.action_heads import AnswerError, AnswerHead, flow_start, flow_steps, head_of
 from spanvla_ros.model.checkpoint import load_model_dir
+from spanvla_ros.model.config import bridged_layers
 from spanvla_ros.model.flow import (
     Normalization,
     decode_trajectory,
-    euler,
     load_normalization,
     source_path,
-    start_state,
     time_features,
 )
 from spanvla_ros.model.inputs import ego_features, pixels
 from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
 from spanvla_ros.model.reasoning import agreement, meta_action
-from spanvla_ros.runtime.backend import Backend, DeviceBackend, DeviceCache, open_backend
+from spanvla_ros.runtime.backend import (
+    Backend,
+    DeviceBackend,
+    DeviceCache,
+    ask_expert,
+    open_backend,
+)
 from spanvla_ros.runtime.reasoner import (
+    Answer,
     AnswerCache,
     Prompt,
     Reasoner,
@@ -62,7 +70,7 @@ NS = 1_000_000_000
 
 @dataclass(frozen=True)
 class Bridge:
-    """Bridged K/V in S slots, and what they were made from."""
+    """Bridged K/V in S slots, and what they were made from; `answer` is there for answer heads."""
 
     stamp_ns: int
     image_stamps_ns: tuple[int | None, ...]
@@ -70,6 +78,7 @@ class Bridge:
     reasoning_stamp_ns: int | None
     thinking: str
     cache: AnswerCache | DeviceCache
+    answer: Answer | None = None
 
 
 class Planner:
@@ -117,6 +126,7 @@ class Planner:
         self.layout = layout
         self.vision_every = vision_every
         self._normalization = normalization
+        self._head = head_of(config)
         self.model_sha256 = model_sha256
         self._frame_id = frame_id
         self._reasoner = Reasoner(backend, layout)
@@ -191,7 +201,8 @@ class Planner:
             history_valid=np.zeros(config.history_poses, dtype=np.bool_),
             route=None,
         )
-        self.plan(observation)
+        with suppress(AnswerError):
+            self.plan(observation)
         if self.schedule == 'concurrent':
             self.reason_slice(budget_ms=0.0)
             self.reason_slice(budget_ms=0.0)
@@ -206,12 +217,13 @@ class Planner:
 
         Raises:
             PlanError: the model gave a number that is not finite.
+            AnswerError: the language model's answer is no trajectory (head `text`).
         """
         began = time.perf_counter()
         observation = self._with_reasoning(observation)
         times = _Stopwatch()
         bridge = self._condition(observation, times)
-        poses = self._flow(observation, bridge)
+        poses = self._act(observation, bridge)
         times.lap('step_ms')
         if not np.isfinite(poses).all():
             raise PlanError('plan: the model gave a number that is not finite; check its files')
@@ -280,41 +292,44 @@ class Planner:
         return self._bridge
 
     def _prompt_bridge(self, observation: Observation, prompt: Prompt) -> Bridge:
+        answer, cache = self._prefill(prompt)
         return Bridge(
             stamp_ns=observation.stamp_ns,
             image_stamps_ns=_image_stamps(observation),
             reasoning=observation.reasoning,
             reasoning_stamp_ns=observation.reasoning_stamp_ns,
             thinking='none' if self._reasoning is None else self._reasoning.thinking,
-            cache=self._prefill(prompt),
+            cache=cache,
+            answer=answer,
         )
 
-    def _prefill(self, prompt: Prompt) -> AnswerCache | DeviceCache:
+    def _prefill(self, prompt: Prompt) -> tuple[Answer | None, AnswerCache | DeviceCache]:
         config, backend = self.config, self.backend
+        if isinstance(self._head, AnswerHead):
+            answer = self._reasoner.without_thought(prompt)
+            return answer, answer.cache
         if isinstance(backend, DeviceBackend):
-            return backend.condition(prompt.ids, prompt.embeds, prompt.valid)
+            return None, backend.condition(prompt.ids, prompt.embeds, prompt.valid)
         keys, values = backend.prefill_action(prompt.ids, prompt.embeds, prompt.valid)
-        return AnswerCache(
+        return None, AnswerCache(
             padded(keys, config.sequence_tokens),
             padded(values, config.sequence_tokens),
-            np.pad(prompt.valid, ((0, 0), (0, config.answer_tokens))),
+            np.pad(prompt.valid, ((0, 0), (0, config.answer_room))),
         )
 
     def _reasoned_bridge(self, observation: Observation, prompt: Prompt) -> Bridge:
-        said, cache = self._reasoner.run(prompt)
+        said, answer = self._reasoner.run(prompt)
         self._reasoning = said
-        layers = slice(None, None, self.config.interval)
+        cache = answer.cache
+        layers = list(bridged_layers(len(cache.keys), self.config.interval))
         return Bridge(
             stamp_ns=observation.stamp_ns,
             image_stamps_ns=_image_stamps(observation),
             reasoning=said.text,
             reasoning_stamp_ns=said.stamp_ns,
             thinking=said.thinking,
-            cache=AnswerCache(
-                np.ascontiguousarray(cache.keys[layers]),
-                np.ascontiguousarray(cache.values[layers]),
-                cache.valid,
-            ),
+            cache=AnswerCache(cache.keys[layers], cache.values[layers], cache.valid),
+            answer=answer if isinstance(self._head, AnswerHead) else None,
         )
 
     def _encode_pictures(self, observation: Observation) -> Float32[np.ndarray, 'i d']:
@@ -341,25 +356,27 @@ class Planner:
             raise SpanvlaError('observation: holds no picture at all; give the anchor camera')
         return np.concatenate([np.zeros_like(present) if row is None else row for row in rows])
 
-    def _flow(self, observation: Observation, bridge: Bridge) -> Float64[np.ndarray, 't 3']:
-        config, backend, cache = self.config, self.backend, bridge.cache
+    def _act(self, observation: Observation, bridge: Bridge) -> Float64[np.ndarray, 't 3']:
+        """Poses in `base_link` by the model's head."""
+        config, backend, cache, head = self.config, self.backend, bridge.cache, self._head
+        if isinstance(head, AnswerHead):
+            assert bridge.answer is not None
+            said = bridge.answer.say(head, self.layout)
+            return head.decode(self.layout, self._normalization, said)
         ego = ego_features(observation)[None]
+        source = source_path(config.source, observation, config.times_s)
+        if isinstance(backend, DeviceBackend) and isinstance(cache, DeviceCache):
+            steps = flow_steps(config, self.steps)
+            x = backend.flow(flow_start(config)[None], ego, cache, steps)[0]
+            return decode_trajectory(x, source, self._normalization.std)
 
-        def velocity(x: np.ndarray, at: float) -> np.ndarray:
+        def ask(x: np.ndarray, at: float) -> np.ndarray:
             assert isinstance(cache, AnswerCache)
             features = time_features(at)[None]
-            moved: np.ndarray = backend.step(
-                x[None], features, ego, cache.keys, cache.values, cache.valid
-            )[0]
-            return moved
+            return ask_expert(backend, x, features, ego, cache.keys, cache.values, cache.valid)
 
-        start = start_state(config.source, config.waypoints)
-        if isinstance(backend, DeviceBackend) and isinstance(cache, DeviceCache):
-            x = backend.flow(start[None], ego, cache, self.steps)[0]
-        else:
-            x = euler(velocity, start, self.steps)
-        source = source_path(config.source, observation, config.times_s)
-        return decode_trajectory(x, source, self._normalization.std)
+        planned = head.plan(config, self._normalization, ask, self.steps, source[None])
+        return np.asarray(planned[0])
 
     def _record(
         self,

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from spanvla_ros.model.action_heads import AnswerHead
 from spanvla_ros.model.prompt import FAST_TEXT, PromptLayout
 from spanvla_ros.runtime.backend import Backend
+from spanvla_ros.types import PlanError
 
 ENDING_TOKENS = 2
 
@@ -49,6 +51,75 @@ class AnswerCache:
     keys: Float32[np.ndarray, 'l 1 g s e']
     values: Float32[np.ndarray, 'l 1 g s e']
     valid: Float32[np.ndarray, '1 s']
+
+
+class Answer:
+    """A prefilled prompt, and behind it an answer that grows token by token."""
+
+    def __init__(self, backend: Backend, prompt: Prompt) -> None:
+        """Prefill; there are no logits before the first token is fed."""
+        self._backend = backend
+        room = backend.config.sequence_tokens
+        keys, values, _ = backend.prefill_reason(prompt.ids, prompt.embeds, prompt.valid)
+        valid = np.pad(prompt.valid, ((0, 0), (0, room - prompt.valid.shape[1])))
+        self.cache = AnswerCache(padded(keys, room), padded(values, room), valid)
+        self.logits: Float32[np.ndarray, '1 v'] | None = None
+        self.length = 0
+
+    def feed(self, token: int) -> None:
+        """Append one token."""
+        cache = self.cache
+        slot = self._backend.config.prompt_tokens + self.length
+        self.logits, keys, values = self._backend.decode(
+            np.array([[token]], dtype=np.int64),
+            np.array([slot], dtype=np.int64),
+            cache.keys,
+            cache.values,
+            cache.valid,
+        )
+        cache.keys[:, :, :, slot : slot + 1] = keys
+        cache.values[:, :, :, slot : slot + 1] = values
+        cache.valid[:, slot] = 1.0
+        self.length += 1
+
+    def say(
+        self,
+        head: AnswerHead,
+        layout: PromptLayout,
+        rng: np.random.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> list[int]:
+        """The tokens of an action, of those the head allows; the answer then stands as before.
+
+        Args:
+            head: of the model.
+            layout: of the model.
+            rng: draws tokens by their probability; None takes the most probable.
+            temperature: divides the logits before a draw.
+        """
+        length, logits = self.length, self.logits
+        said: list[int] = []
+        while not said or said[-1] != layout.turn_end_id:
+            if said:
+                self.feed(said[-1])
+            assert self.logits is not None
+            allowed = head.allowed(layout, len(said))
+            if len(allowed) == 1:
+                said.append(int(allowed[0]))
+                continue
+            scores = self.logits[0, allowed].astype(np.float64) / temperature
+            if not np.isfinite(scores).all():
+                raise PlanError('answer: the model gave a number that is not finite; check files')
+            if rng is not None:
+                scores = scores + rng.gumbel(size=len(scores))
+            said.append(int(allowed[scores.argmax()]))
+        self._rewind(length, logits)
+        return said
+
+    def _rewind(self, length: int, logits: Float32[np.ndarray, '1 v'] | None) -> None:
+        start = self._backend.config.prompt_tokens
+        self.cache.valid[:, start + length : start + self.length] = 0.0
+        self.length, self.logits = length, logits
 
 
 @dataclass
@@ -91,9 +162,8 @@ class Reasoner:
     def reset(self) -> None:
         """Drop the episode under way."""
         self._prompt: Prompt | None = None
-        self._cache: AnswerCache | None = None
-        self._logits: np.ndarray | None = None
-        self._answer: list[int] = []
+        self._answer: Answer | None = None
+        self._said: list[int] = []
         self._operation_s = 0.0
 
     @property
@@ -131,32 +201,40 @@ class Reasoner:
                 return finished
         return None
 
-    def run(self, prompt: Prompt) -> tuple[Reasoning, AnswerCache]:
+    def run(self, prompt: Prompt) -> tuple[Reasoning, Answer]:
         """A whole episode at once with the action start appended (schedule `sequential`).
 
         Returns:
-            The reasoning, and keys and values of prompt and answer for the expert.
+            The reasoning, and the answer up to the action start.
         """
         self.start(prompt)
         reasoning: Reasoning | None = None
         while reasoning is None:
             reasoning = self._operate(keep=True)
+        answer = self._answer
+        assert answer is not None
         closing = [self._layout.think_end_id, self._layout.action_start_id]
-        for token in closing[closing.index(self._answer[-1]) :]:
-            self._feed(token)
-        assert self._cache is not None
-        cache = self._cache
+        for token in closing[closing.index(self._said[-1]) :]:
+            answer.feed(token)
         self.reset()
-        return reasoning, cache
+        return reasoning, answer
+
+    def without_thought(self, prompt: Prompt) -> Answer:
+        """An answer of the fast template up to the action start; no episode is touched."""
+        answer = Answer(self._backend, prompt)
+        for token in self._layout.encode_answer('', 'fast').tolist():
+            answer.feed(token)
+        return answer
 
     def _operate(self, *, keep: bool = False) -> Reasoning | None:
+        assert self._prompt is not None
         began = time.perf_counter()
         finished = None
-        if self._cache is None:
-            self._prefill()
+        if self._answer is None:
+            self._answer = Answer(self._backend, self._prompt)
         else:
-            finished = self._next_token()
-            if finished is None and not keep and self._is_fast(self._answer[1:]):
+            finished = self._next_token(self._answer)
+            if finished is None and not keep and self._is_fast(self._said[1:]):
                 # The rest of the fast template says nothing new.
                 finished = self._finished()
         self._operation_s = time.perf_counter() - began
@@ -167,31 +245,21 @@ class Reasoner:
                 self.reset()
         return finished
 
-    def _prefill(self) -> None:
-        prompt, config = self._prompt, self._backend.config
-        assert prompt is not None
-        keys, values, _ = self._backend.prefill_reason(prompt.ids, prompt.embeds, prompt.valid)
-        self._cache = AnswerCache(
-            padded(keys, config.sequence_tokens),
-            padded(values, config.sequence_tokens),
-            np.pad(prompt.valid, ((0, 0), (0, config.answer_tokens))),
-        )
-
-    def _next_token(self) -> Reasoning | None:
+    def _next_token(self, answer: Answer) -> Reasoning | None:
         layout = self._layout
-        if self._logits is None:
-            self._answer.append(layout.think_id)
-            self._feed(layout.think_id)
+        if answer.logits is None:
+            self._said.append(layout.think_id)
+            answer.feed(layout.think_id)
             return None
-        token = self._choose(self._logits[0])
+        token = self._choose(answer.logits[0])
         room = self._backend.config.answer_tokens - ENDING_TOKENS
-        if len(self._answer) >= room:
+        if len(self._said) >= room:
             token = layout.think_end_id
-        self._answer.append(token)
+        self._said.append(token)
         self.meter.tokens += 1
         if token in (layout.think_end_id, layout.action_start_id):
             return self._finished()
-        self._feed(token)
+        answer.feed(token)
         return None
 
     def _choose(self, logits: Float32[np.ndarray, 'v']) -> int:
@@ -199,39 +267,19 @@ class Reasoner:
             self._text_mask = self._layout.reasoning_mask(len(logits))
         return int(np.argmax(np.where(self._text_mask, logits, -np.inf)))
 
-    def _feed(self, token: int) -> None:
-        cache = self._cache
-        assert cache is not None
-        slot = self._backend.config.prompt_tokens + self._fed
-        self._logits, keys, values = self._backend.decode(
-            np.array([[token]], dtype=np.int64),
-            np.array([slot], dtype=np.int64),
-            cache.keys,
-            cache.values,
-            cache.valid,
-        )
-        cache.keys[:, :, :, slot : slot + 1] = keys
-        cache.values[:, :, :, slot : slot + 1] = values
-        cache.valid[:, slot] = 1.0
-
-    @property
-    def _fed(self) -> int:
-        assert self._cache is not None
-        return int(self._cache.valid[0, self._backend.config.prompt_tokens :].sum())
-
     def _is_fast(self, words: list[int]) -> bool:
         return bool(words) and words[0] == int(self._fast_words[0])
 
     def _finished(self) -> Reasoning:
         assert self._prompt is not None
-        words = self._answer[1:]
+        words = self._said[1:]
         fast = self._is_fast(words) or len(words) < ENDING_TOKENS
-        text = '' if fast else self._layout.decode_answer(self._answer)
+        text = '' if fast else self._layout.decode_answer(self._said)
         return Reasoning(
             self._prompt.stamp_ns,
             '' if text.startswith(FAST_TEXT) else text,
             'fast' if fast else 'slow',
-            len(self._answer),
+            len(self._said),
         )
 
 

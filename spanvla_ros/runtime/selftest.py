@@ -106,10 +106,10 @@ def _decode(
 ) -> tuple[np.ndarray, ...]:
     config = engine.config
     keys, values, logits = reference.prefill_reason(*prompt)
-    room = ((0, 0), (0, 0), (0, 0), (0, config.answer_tokens), (0, 0))
+    room = ((0, 0), (0, 0), (0, 0), (0, config.answer_room), (0, 0))
     token = np.array([[int(logits.argmax())]], dtype=np.int64)
     position = np.array([config.prompt_tokens], dtype=np.int64)
-    valid = np.pad(prompt[2], ((0, 0), (0, config.answer_tokens)))
+    valid = np.pad(prompt[2], ((0, 0), (0, config.answer_room)))
     return engine.decode(token, position, np.pad(keys, room), np.pad(values, room), valid)
 
 

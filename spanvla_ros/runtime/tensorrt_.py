@@ -163,7 +163,7 @@ class TensorRTBackend:
         self.device.synchronize()
         for name, array in (('ids', ids), ('embeds', embeds), ('valid', valid)):
             prefill.stage(name, array)
-        step.stage('valid', np.pad(valid, ((0, 0), (0, self.config.answer_tokens))))
+        step.stage('valid', np.pad(valid, ((0, 0), (0, self.config.answer_room))))
         self._replays['condition']()
         self._conditioned += 1
         return DeviceCache(self._conditioned)

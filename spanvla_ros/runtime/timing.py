@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from spanvla_ros.model.action_heads import expert_draws
 from spanvla_ros.model.checkpoint import ModelDirectory, write_text
 from spanvla_ros.model.flow import time_features
-from spanvla_ros.runtime.backend import Backend
+from spanvla_ros.runtime.backend import Backend, ask_expert
 from spanvla_ros.runtime.reasoner import padded
 from spanvla_ros.types import SpanvlaError
 
@@ -73,8 +74,8 @@ def stage_calls(backend: Backend) -> dict[str, Callable[[], object]]:
     bridged = [padded(part, slots) for part in backend.prefill_action(ids, embeds, valid)]
     keys, values, _ = backend.prefill_reason(ids, embeds, valid)
     cache = padded(keys, slots), padded(values, slots)
-    seen = np.pad(valid, ((0, 0), (0, config.answer_tokens)))
-    x = np.zeros((1, config.waypoints, 3), np.float32)
+    seen = np.pad(valid, ((0, 0), (0, config.answer_room)))
+    x = np.zeros((1, expert_draws(config), config.waypoints, 3), np.float32)
     at, ego = time_features(0.0)[None], np.zeros((1, 20), np.float32)
     token, position = np.array([[5]]), np.array([config.prompt_tokens])
     return {
@@ -82,7 +83,7 @@ def stage_calls(backend: Backend) -> dict[str, Callable[[], object]]:
         'prefill_action': lambda: backend.prefill_action(ids, embeds, valid),
         'prefill_reason': lambda: backend.prefill_reason(ids, embeds, valid),
         'decode': lambda: backend.decode(token, position, *cache, seen),
-        'step': lambda: backend.step(x, at, ego, bridged[0], bridged[1], seen),
+        'step': lambda: ask_expert(backend, x, at, ego, bridged[0], bridged[1], seen),
     }
 
 

@@ -77,6 +77,18 @@ class TorchBackend:
         """Velocity of the flow."""
         return self._run('step', x, time, ego, keys, values, valid)[0]
 
+    def propose(
+        self,
+        x: Float32[Array, '1 d t 3'],
+        time: Float32[Array, '1 f'],
+        ego: Float32[Array, '1 m'],
+        keys: Float32[Array, 'b 1 g s e'],
+        values: Float32[Array, 'b 1 g s e'],
+        valid: Float32[Array, '1 s'],
+    ) -> Float32[Array, '1 d t a']:
+        """The expert's answer at several states."""
+        return self._run('propose', x, time, ego, keys, values, valid)[0]
+
     @torch.no_grad()
     def _run(self, graph: str, *arrays: Array) -> tuple[Array, ...]:
         found = self._modules[graph](*(torch.from_numpy(array) for array in arrays))
@@ -139,13 +151,27 @@ class _Step(nn.Module):
         return velocity[:, 0]
 
 
+class _Propose(nn.Module):
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.expert = policy.expert
+
+    def forward(
+        self, x: Tensor, time: Tensor, ego: Tensor, keys: Tensor, values: Tensor, valid: Tensor
+    ) -> Tensor:
+        time = time[:, None].expand(-1, x.shape[1], -1)
+        answer: Tensor = self.expert(x, time, ego, keys, values, valid)
+        return answer
+
+
 def graph_modules(policy: Policy) -> dict[str, nn.Module]:
-    """The graphs by name, as `model.checkpoint.GRAPHS` lists them."""
+    """The graphs by name, as `model.checkpoint.graphs_of` lists them."""
+    expert = policy.config.expert_graph
     modules = {
         'vision': _Vision(policy),
         'prefill_action': _PrefillAction(policy),
         'prefill_reason': _PrefillReason(policy),
         'decode': _Decode(policy),
-        'step': _Step(policy),
+        expert: _Propose(policy) if expert == 'propose' else _Step(policy),
     }
     return {name: module.eval() for name, module in modules.items()}

@@ -18,7 +18,7 @@ from spanvla_ros.safety.follower import Follower
 from spanvla_ros.safety.state import Counts, Guardian
 from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.traffic import Outcome, World
-from spanvla_ros.types import CameraFrame, EgoState, Observation, Plan, SpanvlaError
+from spanvla_ros.types import CameraFrame, EgoState, Observation, Plan, PlanError, SpanvlaError
 
 STEP_S = 0.05
 PAST_S = 2.5
@@ -59,13 +59,17 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """A finished drive; `trace_sha256` is equal for equal drives."""
+    """A finished drive; `trace_sha256` is equal for equal drives.
+
+    `refusals` are the reasons of pictures that no plan came of; the guardian bridges these.
+    """
 
     outcome: Outcome
     trace: tuple[TraceStep, ...]
     plans: tuple[Plan, ...]
     counts: Counts
     trace_sha256: str
+    refusals: tuple[str, ...] = ()
 
 
 def run_episode(
@@ -109,6 +113,7 @@ def run_episode(
     _give_past(world, builder, guardian)
     on_way: list[tuple[int, Plan]] = []
     plans: list[Plan] = []
+    refusals: list[str] = []
     trace: list[TraceStep] = []
     step = 0
     while not world.finished:
@@ -117,10 +122,14 @@ def run_episode(
         builder.add_ego(ego)
         guardian.on_ego(ego, now_ns)
         if step % every == 0:
-            plan = planner.plan(_observe(world, builder, renderer, now_ns))
-            on_way.append((step + (delay if step else 0), plan))
-            if keep_plans:
-                plans.append(plan)
+            try:
+                plan = planner.plan(_observe(world, builder, renderer, now_ns))
+            except PlanError as error:
+                refusals.append(str(error))
+            else:
+                on_way.append((step + (delay if step else 0), plan))
+                if keep_plans:
+                    plans.append(plan)
             if isinstance(planner, ThinkingPlanner):
                 planner.reason_slice(math.inf, reason_tokens)
         while on_way and on_way[0][0] <= step:
@@ -141,7 +150,12 @@ def run_episode(
                 )
             )
     return EpisodeResult(
-        world.outcome(), tuple(trace), tuple(plans), guardian.counts, _hash(trace)
+        world.outcome(),
+        tuple(trace),
+        tuple(plans),
+        guardian.counts,
+        _hash(trace),
+        tuple(refusals),
     )
 
 

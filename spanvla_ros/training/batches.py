@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spanvla_ros.model.action_heads import HEADS, AnswerHead, head_of
 from spanvla_ros.model.flow import encode_trajectory, source_path
 from spanvla_ros.model.inputs import ego_features
 from spanvla_ros.model.policy import Policy
@@ -32,7 +33,8 @@ class Batch:
 
     `answer` holds ids padded at the end; `reasoning_weight` and `action_weight` mark which of
     them are text (with the marks around it) and which are actions. `seen` marks the answer slots
-    the expert may attend to. `picture_valid` is 0 where a picture was taken away.
+    the expert may attend to. `actions [B, T]` are the action tokens of the future, where the model
+    has a codebook. `picture_valid` is 0 where a picture was taken away.
     """
 
     images: Tensor
@@ -40,6 +42,7 @@ class Batch:
     valid: Tensor
     ego: Tensor
     target: Tensor
+    actions: Tensor
     answer: Tensor
     reasoning_weight: Tensor
     action_weight: Tensor
@@ -81,11 +84,11 @@ def make_batch(
     else:
         observations = [replace(seen, reasoning='') for seen in observations]
     if settings.blind:
-        observations = [_without_pictures(seen) for seen in observations]
+        observations = [without_pictures(seen) for seen in observations]
     encoded = [policy.layout.encode(seen) for seen in observations]
-    answer, text_weight, action_weight = _answers(rows, policy, answers)
     seen_share = settings.answer_seen if rng is not None else 0.0
-    chosen = np.zeros(len(rows)) if rng is None else rng.random(len(rows)) < seen_share
+    chosen = np.zeros(len(rows), bool) if rng is None else rng.random(len(rows)) < seen_share
+    answer, text_weight, action_weight = _answers(rows, policy, answers, chosen)
     return Batch(
         images=torch.from_numpy(np.stack([_pictures(seen, policy) for seen in present])),
         ids=torch.from_numpy(np.stack([ids for ids, _ in encoded])),
@@ -96,6 +99,7 @@ def make_batch(
                 [_target(row, seen, policy) for row, seen in zip(rows, observations, strict=True)]
             )
         ),
+        actions=torch.from_numpy(_actions(rows, policy)),
         answer=torch.from_numpy(answer),
         reasoning_weight=torch.from_numpy(text_weight),
         action_weight=torch.from_numpy(action_weight),
@@ -130,24 +134,41 @@ def _target(row: TrainingRow, observation: Observation, policy: Policy) -> np.nd
     return encode_trajectory(row.sample.future, source, std)
 
 
+def _actions(rows: Sequence[TrainingRow], policy: Policy) -> np.ndarray:
+    if policy.codebook is None or policy.config.head != 'parallel':
+        return np.zeros((len(rows), 0), np.int64)
+    return np.stack([policy.codebook.encode(row.sample.future) for row in rows])
+
+
 def _answers(
-    rows: Sequence[TrainingRow], policy: Policy, kind: str
+    rows: Sequence[TrainingRow], policy: Policy, kind: str, thought: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, text marks, action marks, each `[B, A]`; A = 0 for kind `none`."""
+    """Ids, text marks, action marks, each `[B, A]`; A = 0 for kind `none`.
+
+    Where an answer head plans without a thought of its own (`thought` is false), the action
+    follows the fast template; its words then teach nothing, for thinking fast is not what that
+    scene asks for.
+    """
     if kind == 'none':
         return np.zeros((len(rows), 0), np.int64), *(np.zeros((2, len(rows), 0), np.float32))
-    answers, texts = [], []
+    answers, texts, silent = [], [], []
     longest = policy.config.answer_tokens - MARKS_OF_ANSWER
-    for row in rows:
+    layout, head = policy.layout, head_of(policy.config)
+    said = head if isinstance(head, AnswerHead) else HEADS['tokens']
+    assert isinstance(said, AnswerHead)
+    for row, thinks in zip(rows, thought, strict=True):
         sample = row.sample
         reasoning = ' '.join(sample.reasoning.split()[:longest])
-        actions = None
+        thinking = sample.thinking if thinks or said is not head else 'fast'
+        silent.append(thinking != sample.thinking)
+        text = layout.encode_answer(reasoning, thinking)
+        action: list[int] = []
         if kind == 'full':
-            if policy.codebook is None:
-                raise SpanvlaError('training: the model has no action codebook; run sft first')
-            actions = policy.codebook.encode(sample.future).tolist()
-        text = policy.layout.encode_answer(reasoning, sample.thinking)
-        answers.append(policy.layout.encode_answer(reasoning, sample.thinking, actions))
+            if policy.normalization is None:
+                raise SpanvlaError('training: the model has no normalization; run sft first')
+            action = said.encode(layout, policy.normalization, sample.future)
+            action.append(layout.turn_end_id)
+        answers.append(np.array([*text, *action], np.int64))
         texts.append(len(text))
     length = max(len(answer) for answer in answers)
     ids = np.full((len(rows), length), policy.layout.padding_id, np.int64)
@@ -155,7 +176,7 @@ def _answers(
     action_mark = np.zeros((len(rows), length), np.float32)
     for index, (answer, text_length) in enumerate(zip(answers, texts, strict=True)):
         ids[index, : len(answer)] = answer
-        text_mark[index, :text_length] = 1.0
+        text_mark[index, :text_length] = 0.0 if silent[index] else 1.0
         action_mark[index, text_length : len(answer)] = 1.0
     return ids, text_mark, action_mark
 
@@ -208,6 +229,7 @@ def _disturbed(
     )
 
 
-def _without_pictures(observation: Observation) -> Observation:
+def without_pictures(observation: Observation) -> Observation:
+    """The observation of a model that has no eyes."""
     frames = tuple((None,) * len(camera) for camera in observation.frames)
     return replace(observation, frames=frames)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spanvla_ros.model.action_heads import AnswerHead, head_of
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.flow import load_normalization
-from spanvla_ros.runtime.backend import Backend
+from spanvla_ros.runtime.backend import Backend, ProposingBackend
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.training.contestants import Contestant, open_planner
 from spanvla_ros.training.data.shards import TrainingRow
@@ -70,6 +71,19 @@ class Swapping:
         """The backend's own."""
         return self._backend.step(x, time, ego, keys, values, valid)
 
+    def propose(
+        self,
+        x: np.ndarray,
+        time: np.ndarray,
+        ego: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+        valid: np.ndarray,
+    ) -> np.ndarray:
+        """The backend's own."""
+        assert isinstance(self._backend, ProposingBackend)
+        return self._backend.propose(x, time, ego, keys, values, valid)
+
     def vision(self, pixels: np.ndarray) -> np.ndarray:
         """Pictures matter only while remembering."""
         if self.layer is None:
@@ -98,8 +112,13 @@ class Swapping:
 def swapped_layers(
     contestant: Contestant, rows: Sequence[TrainingRow]
 ) -> dict[str, dict[str, Estimate]]:
-    """For each bridged layer: how far the plans' ends move, and the share that moves at all."""
+    """For each bridged layer: how far the plans' ends move, and the share that moves at all.
+
+    Empty for a head that is the language model's own answer: nothing is bridged.
+    """
     opened = open_planner(contestant)
+    if isinstance(head_of(opened.config), AnswerHead):
+        return {}
     backend = Swapping(opened.backend)
     planner = Planner(
         backend,

@@ -20,7 +20,7 @@ from spanvla_ros.runtime.backend import open_backend
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.training.closed_loop import Episode, drive
 from spanvla_ros.training.data.shards import ShardSet
-from spanvla_ros.training.open_loop import mirrored_observation, plan_alone, plan_rows
+from spanvla_ros.training.open_loop import mirrored_observation, plan_or_none, plan_rows
 from spanvla_ros.types import Observation
 
 Job = TypeVar('Job')
@@ -106,7 +106,7 @@ def do_plans(job: PlanJob) -> Float64[np.ndarray, 'n t 3']:
     if not job.mirrored:
         return plan_rows(planner, config, rows)
     seen = (mirrored_observation(row.sample.observation, config.cameras) for row in rows)
-    return np.stack([plan_alone(planner, config, observation) for observation in seen])
+    return np.stack([plan_or_none(planner, config, observation) for observation in seen])
 
 
 def do_drive(job: DriveJob) -> Episode:

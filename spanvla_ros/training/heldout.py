@@ -6,17 +6,23 @@ Small and noisy on purpose; `spanvla evaluate` measures a finished model.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from spanvla_ros.model.flow import decode_trajectory, source_path
+from spanvla_ros.geometry import local_from_world
+from spanvla_ros.model.action_heads import AnswerError, AnswerHead, head_of
+from spanvla_ros.model.flow import source_path
 from spanvla_ros.model.policy import Policy
-from spanvla_ros.training.batches import Batch, make_batch
-from spanvla_ros.training.data.shards import FACTS, PRESENT_CLASSES, ShardSet
+from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.runtime.torch_ import TorchBackend
+from spanvla_ros.training.batches import Batch, make_batch, without_pictures
+from spanvla_ros.training.data.shards import FACTS, PRESENT_CLASSES, ShardSet, TrainingRow
 from spanvla_ros.training.parallel import Group
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages.sft import bridge, run_backbone, slots
+from spanvla_ros.types import Observation
 
 CHUNK = 24
 REACTION_MPS = 1.0
@@ -38,48 +44,71 @@ class HeldOut:
         self.futures = shards.futures[chosen]
         self.mine = np.arange(group.rank, len(chosen), group.size)
         rows = shards.rows(chosen[self.mine])
-        self.sources = [
-            source_path(policy.config.source, row.sample.observation, policy.config.times_s)
-            for row in rows
-        ]
-        self.batches = [
-            make_batch(rows[start : start + CHUNK], policy, settings, None)
-            for start in range(0, len(rows), CHUNK)
-        ]
+        self.step_s = policy.config.horizon_s / policy.config.waypoints
+        self.observations = [_unprompted(row.sample.observation, settings) for row in rows]
+        chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+        self.sources = [np.stack([_source(row, policy) for row in chunk]) for chunk in chunks]
+        self.batches = [make_batch(chunk, policy, settings, None) for chunk in chunks]
 
     @torch.no_grad()
     def plan(self, policy: Policy) -> np.ndarray:
         """Planned poses `[n, T, 3]` of all rows, in every process."""
         planned = np.zeros(self.futures.shape)
-        assert policy.normalization is not None
+        if isinstance(head_of(policy.config), AnswerHead):
+            planned[self.mine] = self._spoken(policy)
+            self.group.sum(torch.from_numpy(planned))
+            return planned
         found = []
-        for batch in self.batches:
+        for batch, sources in zip(self.batches, self.sources, strict=True):
             prefix, _, prompt = run_backbone(policy, batch, self.settings, policy.backbone.bridged)
             bridged = bridge(policy, prefix, batch, prompt, detach=True)
-            found.append(policy.plan(bridged, batch.ego, slots(policy, batch, self.settings)))
-        states = torch.cat(found).numpy()
-        for place, state, source in zip(self.mine, states, self.sources, strict=True):
-            planned[place] = decode_trajectory(state, source, policy.normalization.std)
+            valid = slots(policy, batch, self.settings)
+            found.append(policy.plan(bridged, batch.ego, valid, sources))
+        planned[self.mine] = np.concatenate(found)
         gathered = torch.from_numpy(planned)
         self.group.sum(gathered)
         return planned
 
+    def _spoken(self, policy: Policy) -> np.ndarray:
+        """Plans of an answer head, as on board; rows of NaN where an answer is no trajectory."""
+        assert policy.normalization is not None
+        backend = TorchBackend(policy, torch.get_num_threads())
+        planner = Planner(backend, policy.layout, policy.normalization, schedule='off')
+        found = np.full((len(self.mine), *self.futures.shape[1:]), np.nan)
+        for place, seen in zip(found, self.observations, strict=True):
+            planner.reset()
+            try:
+                plan = planner.plan(seen)
+            except AnswerError:
+                continue
+            place[:] = local_from_world(np.array(plan.origin), plan.trajectory.poses)
+        return found
+
     def driving(self, policy: Policy) -> dict[str, float]:
-        """Open-loop errors and reactions to hazards."""
+        """Open-loop errors and reactions to hazards, of the rows that have a plan."""
         planned = self.plan(policy)
-        step_s = policy.config.horizon_s / policy.config.waypoints
-        at = round(REACTION_TIME_S / step_s) - 1
-        error = np.linalg.norm(planned[..., :2] - self.futures[..., :2], axis=-1)
-        speed, wanted = (speed_at(poses, at, step_s) for poses in (planned, self.futures))
+        answered = np.isfinite(planned).all((1, 2))
+        if not answered.all():
+            return {'answered': float(answered.mean()), **self._driving(planned, answered)}
+        return self._driving(planned, answered)
+
+    def _driving(self, planned: np.ndarray, kept: np.ndarray) -> dict[str, float]:
+        if not kept.any():
+            return {}
+        planned, futures = planned[kept], self.futures[kept]
+        families, pairs = self.families[kept], self.pairs[kept]
+        at = round(REACTION_TIME_S / self.step_s) - 1
+        error = np.linalg.norm(planned[..., :2] - futures[..., :2], axis=-1)
+        speed, wanted = (speed_at(poses, at, self.step_s) for poses in (planned, futures))
         found = {
             'ade_m': float(error.mean()),
             'ade_3s_m': float(error[:, : at + 1].mean()),
             'speed_error_3s_mps': float(np.abs(speed - wanted).mean()),
-            'lateral_3s_m': float(np.abs(planned[:, at, 1] - self.futures[:, at, 1]).mean()),
+            'lateral_3s_m': float(np.abs(planned[:, at, 1] - futures[:, at, 1]).mean()),
         }
-        for family in sorted(set(self.families)):
-            found[f'ade_{family}_m'] = float(error[self.families == family].mean())
-        found.update(pair_reactions(self.pairs, self.families, speed, wanted))
+        for family in sorted(set(families)):
+            found[f'ade_{family}_m'] = float(error[families == family].mean())
+        found.update(pair_reactions(pairs, families, speed, wanted))
         return found
 
     @torch.no_grad()
@@ -105,6 +134,16 @@ class HeldOut:
         for name in ('lead', 'red', 'pedestrian_on_road', 'lane_offset', 'heading'):
             found[f'error_{name}'] = mean[FACTS.index(name)]
         return found
+
+
+def _unprompted(seen: Observation, settings: TrainSettings) -> Observation:
+    seen = replace(seen, reasoning='', reasoning_stamp_ns=None)
+    return without_pictures(seen) if settings.blind else seen
+
+
+def _source(row: TrainingRow, policy: Policy) -> np.ndarray:
+    config = policy.config
+    return source_path(config.source, row.sample.observation, config.times_s)
 
 
 def count_presence(counts: torch.Tensor, presence: torch.Tensor, batch: Batch) -> None:

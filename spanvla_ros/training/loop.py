@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,11 +24,19 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from spanvla_ros.model.action_heads import fit_anchors
 from spanvla_ros.model.action_tokens import fit_codebook, segments_of
 from spanvla_ros.model.checkpoint import load_model_dir, read_tensors, write_tensors, write_text
-from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.config import ModelConfig, with_settings
 from spanvla_ros.model.flow import Normalization, encode_trajectory, source_path
-from spanvla_ros.model.policy import Policy, load_policy, new_policy, save_policy, swap_directory
+from spanvla_ros.model.policy import (
+    Policy,
+    load_policy,
+    new_policy,
+    save_policy,
+    swap_directory,
+    with_config,
+)
 from spanvla_ros.training.batches import make_batch
 from spanvla_ros.training.data.shards import FACTS, ShardSet
 from spanvla_ros.training.heldout import HeldOut
@@ -71,7 +79,7 @@ def train(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     module = STAGES[stage]
     shards = ShardSet(settings.data)
-    policy = new_policy(ModelConfig(), settings.seed) if init is None else open_model(init)
+    policy = start_policy(settings, init)
     earlier = [] if init is None else trained_before(init)
     if resume:
         earlier = earlier[:-1]
@@ -112,6 +120,15 @@ def train(
     run.close()
 
 
+def start_policy(settings: TrainSettings, init: Path | None) -> Policy:
+    """The model of `init`, or a fresh one, with the configuration that the settings ask for."""
+    if init is None:
+        return new_policy(with_settings(ModelConfig(), **settings.model), settings.seed)
+    policy = open_model(init)
+    config = with_settings(policy.config, **settings.model)
+    return policy if config == policy.config else with_config(policy, config, settings.seed)
+
+
 def open_model(path: Path) -> Policy:
     """The policy of a model directory or of a run directory that holds one."""
     return load_policy(path / MODEL_DIR if (path / MODEL_DIR).is_dir() else path)
@@ -131,19 +148,29 @@ def fit_targets(policy: Policy, shards: ShardSet) -> None:
             f'{shards.path}: futures have {shards.futures.shape[1]} waypoints, the model '
             f'{config.waypoints}; draw scenes for this model'
         )
-    if policy.normalization is None:
-        ones = np.ones((config.waypoints, 3))
-        targets = []
-        chosen = np.unique(np.linspace(0, len(shards) - 1, FIT_ROWS).astype(int))
-        for row in shards.rows(chosen):
-            source = source_path(config.source, row.sample.observation, config.times_s)
-            targets.append(encode_trajectory(row.sample.future, source, ones))
-        std = np.stack(targets).astype(np.float64).std(0)
-        policy.normalization = Normalization(config.source, np.maximum(std, LEAST_STD))
     if policy.codebook is None:
         chosen = np.unique(np.linspace(0, len(shards) - 1, FIT_ROWS).astype(int))
         segments = np.concatenate([segments_of(shards.futures[i]) for i in chosen])
         policy.codebook = fit_codebook(segments, config.action_tokens)
+    normalization = policy.normalization
+    if normalization is None:
+        std = np.maximum(_states(policy, shards, np.ones((config.waypoints, 3))).std(0), LEAST_STD)
+        normalization = Normalization(config.source, std)
+    if config.head == 'diffusion' and normalization.anchors is None:
+        anchors = fit_anchors(_states(policy, shards, normalization.std), config.anchors)
+        normalization = replace(normalization, anchors=anchors)
+    policy.normalization = replace(normalization, codebook=policy.codebook)
+
+
+def _states(policy: Policy, shards: ShardSet, std: np.ndarray) -> np.ndarray:
+    """Trajectories of some rows as the flow sees them, in units of `std`."""
+    config = policy.config
+    chosen = np.unique(np.linspace(0, len(shards) - 1, FIT_ROWS).astype(int))
+    found = []
+    for row in shards.rows(chosen):
+        source = source_path(config.source, row.sample.observation, config.times_s)
+        found.append(encode_trajectory(row.sample.future, source, std))
+    return np.stack(found).astype(np.float64)
 
 
 def compile_vision(policy: Policy) -> None:

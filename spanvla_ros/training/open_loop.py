@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from spanvla_ros.geometry import interpolate_poses, local_from_world
+from spanvla_ros.model.action_heads import AnswerError
 from spanvla_ros.model.config import CameraSpec, ModelConfig
 from spanvla_ros.model.reasoning import meta_action
 from spanvla_ros.town.lockstep import PlannerLike
@@ -44,6 +45,12 @@ class OpenLoop:
         """The drive each row was cut from."""
         return ['/'.join(name.split('/')[:2]) for name in self.scene_ids]
 
+    @property
+    def answered(self) -> np.ndarray:
+        """Which rows have a plan."""
+        found: np.ndarray = np.isfinite(self.planned).all((1, 2))
+        return found
+
     def chosen(self, keep: np.ndarray) -> OpenLoop:
         """Some of the rows."""
         return OpenLoop(
@@ -60,8 +67,21 @@ class OpenLoop:
 def plan_rows(
     planner: PlannerLike, config: ModelConfig, rows: Sequence[TrainingRow]
 ) -> Float64[np.ndarray, 'n t 3']:
-    """Plans in `base_link` at the model's times, each from a fresh start."""
-    return np.stack([plan_alone(planner, config, _bare(row.sample.observation)) for row in rows])
+    """Plans in `base_link` at the model's times, each from a fresh start; NaN where there is none.
+
+    An answer that is no trajectory has no error to be measured by: such rows are counted apart.
+    """
+    return np.stack([plan_or_none(planner, config, _bare(row.sample.observation)) for row in rows])
+
+
+def plan_or_none(
+    planner: PlannerLike, config: ModelConfig, observation: Observation
+) -> Float64[np.ndarray, 't 3']:
+    """One plan, or NaN where the model's answer is none."""
+    try:
+        return plan_alone(planner, config, observation)
+    except AnswerError:
+        return np.full((config.waypoints, 3), np.nan)
 
 
 def plan_alone(
@@ -115,7 +135,9 @@ def speed_at(
 
 
 def measures(loop: OpenLoop) -> dict[str, Estimate]:
-    """Errors and agreement of decisions over all rows given."""
+    """Errors and agreement of decisions over the rows that have a plan, and their share."""
+    answered = mean_of(loop.answered, loop.drives)
+    loop = loop.chosen(loop.answered)
     away = displacement_m(loop)
     at = int(np.argmin(np.abs(loop.times_s - REACTION_S)))
     speed_error = speed_at(loop.planned, loop.times_s, REACTION_S) - speed_at(
@@ -132,6 +154,7 @@ def measures(loop: OpenLoop) -> dict[str, Estimate]:
         'lateral_error_3s_m': mean_of(side, drives),
         'longitudinal_accuracy': mean_of(longitudinal, drives),
         'lateral_accuracy': mean_of(lateral, drives),
+        'answered': answered,
     }
 
 
@@ -139,6 +162,8 @@ def differences(first: OpenLoop, second: OpenLoop) -> dict[str, Estimate]:
     """Paired differences of errors, second minus first: positive where the first is better."""
     if list(first.scene_ids) != list(second.scene_ids):
         raise ValueError('paired differences need the same rows in the same order')
+    both = first.answered & second.answered
+    first, second = first.chosen(both), second.chosen(both)
     one, other = displacement_m(first), displacement_m(second)
     drives = first.drives
     return {
@@ -164,7 +189,8 @@ def pair_measures(loop: OpenLoop) -> dict[str, dict[str, Estimate]]:
         present, absent = np.array(both).T
         asked = wanted[absent] - wanted[present]
         keep = asked > REACTION_MPS
-        moved = (planned[absent] - planned[present])[keep]
+        # A row without a plan answers nothing.
+        moved = np.nan_to_num((planned[absent] - planned[present])[keep])
         names = loop.pair_ids[present][keep]
         found[kind] = {
             'right_way': mean_of(moved > 0.0, names),
@@ -193,6 +219,9 @@ def mirror_share(
     drives: Sequence[str],
 ) -> dict[str, Estimate]:
     """How well plans of mirrored observations are the mirrored plans, at their end points."""
+    kept = np.isfinite(straight).all((1, 2)) & np.isfinite(reflected).all((1, 2))
+    straight, reflected = straight[kept], reflected[kept]
+    drives = [name for name, good in zip(drives, kept, strict=True) if good]
     back = reflected * np.array([1.0, -1.0, -1.0])
     gap = np.linalg.norm(back[:, -1, :2] - straight[:, -1, :2], axis=-1)
     return {

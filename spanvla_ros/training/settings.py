@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from spanvla_ros.model.config import typed_settings
 from spanvla_ros.types import SpanvlaError
 
 PRECISIONS = ('fp32', 'bf16')
+TIME_SAMPLERS = ('uniform', 'beta', 'logit_normal')
+MODEL_SETTINGS = (
+    'head', 'interval', 'source', 'waypoints', 'anchors', 'noise_std', 'expert_width',
+    'frames_per_camera', 'action_tokens', 'prompt_tokens', 'answer_tokens',
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,10 @@ class TrainSettings:
 
     `batch` is the number of rows over all processes. Rates: warm-up, then cosine down to
     `final_rate` of `learning_rate`; `vision_rate` scales the vision tower's.
+
+    `model` changes the configuration of the model that is trained; in a file and in overrides its
+    names stand beside the others (`head`, `interval`, `source`, `waypoints`, ...). A changed model
+    keeps its backbone and starts from a fresh expert.
 
     Rows are drawn with weight 1 + the three class weights where the row has the class.
     """
@@ -69,6 +79,9 @@ class TrainSettings:
     slot_empty: float = 0.5
     slot_foreign: float = 0.15
     answer_seen: float = 0.5
+    time_sampler: str = 'uniform'
+    time_shift: float = -0.5
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TrainSettings:
@@ -95,9 +108,14 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TrainSetti
 
 
 def _checked(raw: dict[Any, Any], where: str) -> TrainSettings:
-    kinds = {field.name: str(field.type) for field in fields(TrainSettings)}
+    kinds = {f.name: str(f.type) for f in fields(TrainSettings) if f.name != 'model'}
     values: dict[str, Any] = {}
+    changes = dict(raw.pop('model', None) or {})
+    changes |= {name: raw[name] for name in MODEL_SETTINGS if name in raw}
+    values['model'] = typed_settings(changes, where)
     for name, value in raw.items():
+        if name in MODEL_SETTINGS:
+            continue
         if name not in kinds:
             raise SpanvlaError(f'{where}: {name!r} is no training setting; use {sorted(kinds)}')
         kind = kinds[name]
@@ -125,10 +143,10 @@ def _checked(raw: dict[Any, Any], where: str) -> TrainSettings:
 
 
 def _check_ranges(settings: TrainSettings, where: str) -> None:
-    for field in fields(TrainSettings):
-        value = getattr(settings, field.name)
+    for name in (f.name for f in fields(TrainSettings) if f.name != 'time_shift'):
+        value = getattr(settings, name)
         if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-            raise SpanvlaError(f'{where}: {field.name} is {value}; it must not be negative')
+            raise SpanvlaError(f'{where}: {name} is {value}; it must not be negative')
     for name in ('camera_drop', 'history_drop', 'route_drop', 'answer_seen', 'final_rate'):
         if getattr(settings, name) > 1:
             raise SpanvlaError(f'{where}: {name} is a share; it must lie in 0..1')
@@ -138,6 +156,8 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: give either steps or minutes, above zero')
     if settings.precision not in PRECISIONS:
         raise SpanvlaError(f'{where}: precision must be one of {", ".join(PRECISIONS)}')
+    if settings.time_sampler not in TIME_SAMPLERS:
+        raise SpanvlaError(f'{where}: time_sampler must be one of {", ".join(TIME_SAMPLERS)}')
     if min(settings.processes, settings.threads, settings.batch, settings.draws) < 1:
         raise SpanvlaError(f'{where}: processes, threads, batch and draws must be at least 1')
     if settings.batch % settings.processes:

@@ -45,9 +45,9 @@ def test_action_tokens_are_never_said_however_loud(toy):
 
 def test_the_cache_of_a_whole_episode_holds_every_token_at_its_place(toy):
     reasoner = reasoner_of(toy)
-    said, cache = reasoner.run(prompt_of(toy))
+    said, answer = reasoner.run(prompt_of(toy))
+    cache, answer = answer.cache, toy.layout.encode_answer(said.text, 'slow')
     start = toy.config.prompt_tokens
-    answer = toy.layout.encode_answer(said.text, 'slow')
     np.testing.assert_allclose(
         cache.keys[1, 0, 0, start : start + len(answer), 1], answer * 1e-3, rtol=1e-6
     )
@@ -64,9 +64,9 @@ def test_fast_thinking_is_known_by_its_words_and_leaves_no_text(tmp_path):
     reasoner.start(prompt_of(toy))
     said = reasoner.advance(float('inf'))
     assert (said.text, said.thinking, said.tokens) == ('', 'fast', 2)
-    whole, cache = reasoner_of(toy).run(prompt_of(toy))
+    whole, answer = reasoner_of(toy).run(prompt_of(toy))
     assert (whole.text, whole.thinking) == ('', 'fast')
-    assert cache.valid[0, toy.config.prompt_tokens :].sum() == 8
+    assert answer.cache.valid[0, toy.config.prompt_tokens :].sum() == answer.length == 8
     assert (reasoner.meter.fast, reasoner.meter.slow) == (1, 0)
     assert reasoner.meter.tokens_per_s > 0
 
@@ -76,8 +76,8 @@ def test_an_endless_reasoning_is_closed_within_the_answer_room(tmp_path, ends):
     said = '<think> lead vehicle lead' if ends == '</think>' else '<think> stop <action_start>'
     toy = build_toy(tmp_path / 'endless', said=said)
     reasoner = reasoner_of(toy)
-    spoken, cache = reasoner.run(prompt_of(toy))
-    used = int(cache.valid[0, toy.config.prompt_tokens :].sum())
+    spoken, answer = reasoner.run(prompt_of(toy))
+    used = int(answer.cache.valid[0, toy.config.prompt_tokens :].sum())
     assert used <= toy.config.answer_tokens
     assert spoken.text.split()[0] in ('lead', 'stop')
     if ends == '</think>':

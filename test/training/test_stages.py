@@ -20,7 +20,12 @@ from spanvla_ros.training.batches import make_batch  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet  # noqa: E402
 from spanvla_ros.training.heldout import choose_rows, pair_reactions, speed_at  # noqa: E402
 from spanvla_ros.training.loop import fit_targets  # noqa: E402
-from spanvla_ros.training.objectives import facts_loss, flow_loss, picture_loss  # noqa: E402
+from spanvla_ros.training.objectives import (  # noqa: E402
+    expert_losses,
+    facts_loss,
+    flow_loss,
+    picture_loss,
+)
 from spanvla_ros.training.optimizer import draw_order, schedule  # noqa: E402
 from spanvla_ros.training.settings import TrainSettings, load_settings  # noqa: E402
 from spanvla_ros.training.stages import sft  # noqa: E402
@@ -176,9 +181,10 @@ def test_a_perfect_velocity_has_no_flow_loss(policy):
             gone = Perfect.time[..., None, None]
             return (batch.target[:, None] - state) / (1.0 - gone)
 
+    settings = TrainSettings(draws=4)
     draw = torch.Generator().manual_seed(1)
     Perfect.time = torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
-    assert float(flow_loss(Perfect, bridged, valid, batch, 4, draw)) < 1e-6
+    assert float(flow_loss(Perfect, bridged, valid, batch, settings, draw)['flow']) < 1e-6
 
 
 def test_a_lost_picture_does_not_count_in_the_picture_loss(policy):
@@ -204,12 +210,13 @@ def test_the_bridge_is_cut_where_asked(policy):
     batch = make_batch(random_rows(2, 10), policy, TrainSettings(), np.random.default_rng(0))
     policy.expert.velocity.weight.data.normal_(0.0, 0.1)
     for detach in (True, False):
-        settings = TrainSettings(detach_bridge=detach, auxiliary_weight=0.0)
+        settings = TrainSettings(detach_bridge=detach, auxiliary_weight=0.0, draws=2)
         prefix, _, prompt = sft.run_backbone(policy, batch, settings, policy.backbone.bridged)
         bridged = sft.bridge(policy, prefix, batch, prompt, detach=detach)
         valid = sft.slots(policy, batch, settings)
         policy.zero_grad()
-        flow_loss(policy, bridged, valid, batch, 2, torch.Generator()).backward()
+        losses = expert_losses(policy, bridged, valid, batch, settings, torch.Generator())
+        losses['flow'].backward()
         assert (policy.backbone.network.lm_head.weight.grad is None) == detach
     policy.zero_grad()
 

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from spanvla_ros.model.backbone import Prefix
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.batches import Batch
-from spanvla_ros.training.objectives import answer_losses, facts_loss, flow_loss, picture_loss
+from spanvla_ros.training.objectives import (
+    answer_losses,
+    expert_losses,
+    facts_loss,
+    picture_loss,
+)
 from spanvla_ros.training.settings import TrainSettings
 
 ANSWERS = 'full'
@@ -45,8 +50,10 @@ def losses(
     if settings.flow_weight > 0:
         bridged = bridge(policy, prefix, batch, prompt, detach=settings.detach_bridge)
         valid = slots(policy, batch, settings)
-        flow = flow_loss(policy, bridged, valid, batch, settings.draws, generator)
-        found['flow'] = settings.flow_weight * flow
+        for name, loss in expert_losses(
+            policy, bridged, valid, batch, settings, generator
+        ).items():
+            found[name] = settings.flow_weight * loss
     return found
 
 
