@@ -17,6 +17,7 @@ CHECKED = (
     'spanvla_ros.types',
     'spanvla_ros.geometry',
     'spanvla_ros.messages',
+    'spanvla_ros.controls',
     'spanvla_ros.report',
     # Not safety.rollout: its inner loop is scalar, and checking each call slows it thirtyfold.
     'spanvla_ros.safety.checks',

@@ -1,7 +1,8 @@
-"""The follower: the newest trajectory into a twist for the vehicle, or the brake.
+"""The follower: the newest trajectory into a command for the vehicle, or the brake.
 
 Commands go out on a schedule of their own from the first moment on: before the first trajectory,
-after the last one and at the end of the process they brake.
+after the last one and at the end of the process they brake. A synchronous simulator that waits
+for one command a tick is answered on each odometry instead; the schedule then only fills in.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import sys
 import threading
 import time
 
-from geometry_msgs.msg import Twist
 from nav_msgs.msg import Odometry
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
+from spanvla_ros.controls import FOLLOWS, CarlaCar
 from spanvla_ros.messages import MessageError, read_odometry, read_trajectory
+from spanvla_ros.ros.controls import CONTROLS
 from spanvla_ros.ros.diagnostics import (
     ERROR,
     OK,
@@ -36,7 +38,8 @@ from spanvla_ros.types import DriveCommand, EgoState, Trajectory
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 BEST_EFFORT = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
 LAST_WORD = Duration(nanoseconds=300_000_000)
-FOLLOWS = ('following', 'standing')
+# A simulator that waits for a command gives up after a second; silence ends before.
+FILL_IN_S = 0.4
 
 
 class FollowerNode(Node):
@@ -64,7 +67,14 @@ class FollowerNode(Node):
             'odometry': InputMeter('input/odometry', settings.odometry_timeout_s),
         }
         self._stages = StageMeter()
-        self._twist_out = self.create_publisher(Twist, 'output/twist', RELIABLE)
+        car = CarlaCar(
+            full_lock_rad=settings.full_lock_rad,
+            full_throttle_mps2=settings.full_throttle_mps2,
+            full_brake_mps2=settings.full_brake_mps2,
+        )
+        self._control = CONTROLS[settings.control](self, car)
+        self._command_lock = threading.Lock()
+        self._sent_s = -FILL_IN_S
         self.create_subscription(
             MultiDOFJointTrajectory, 'output/trajectory', self._on_trajectory, RELIABLE
         )
@@ -103,6 +113,8 @@ class FollowerNode(Node):
         meter.arrived(now_ns, ego.stamp_ns)
         with self._lock:
             self._ego = ego
+        if self.settings.trigger == 'odometry':
+            self._command_or_report()
 
     def _check_frame(self, frame_id: str) -> None:
         if frame_id != self.settings.output_frame:
@@ -113,13 +125,20 @@ class FollowerNode(Node):
     def _run(self) -> None:
         period_s = 1.0 / self.settings.command_hz
         due_s = time.monotonic()
+        quiet_s = FILL_IN_S if self.settings.trigger == 'odometry' else 0.0
         while not self._stop.wait(max(due_s - time.monotonic(), 0.0)):
-            try:
-                self._command()
-            except Exception as error:
-                # The next tick is a new chance; meanwhile the vehicle's own watchdog brakes.
-                self.get_logger().error(f'{type(error).__name__}: {error}')
+            if time.monotonic() - self._sent_s >= quiet_s:
+                self._command_or_report()
             due_s = max(due_s + period_s, time.monotonic())
+
+    def _command_or_report(self) -> None:
+        try:
+            # Two threads command; one at a time, or their steering would run apart.
+            with self._command_lock:
+                self._command()
+        except Exception as error:
+            # The next tick is a new chance; meanwhile the vehicle's own watchdog brakes.
+            self.get_logger().error(f'{type(error).__name__}: {error}')
 
     def _command(self) -> None:
         begin_s = time.perf_counter()
@@ -131,10 +150,9 @@ class FollowerNode(Node):
         self._stages.add({'command_ms': (time.perf_counter() - begin_s) * 1e3})
 
     def _send(self, command: DriveCommand) -> None:
-        twist = Twist()
-        twist.linear.x = command.speed_mps
-        twist.angular.z = command.yaw_rate_radps
-        self._twist_out.publish(twist)
+        speed_mps = 0.0 if self._ego is None else self._ego.speed_mps
+        self._control.send(command, speed_mps, self._now_ns())
+        self._sent_s = time.monotonic()
 
     def _publish_diagnostics(self) -> None:
         now_ns, reason = self._now_ns(), self._reason
@@ -149,7 +167,7 @@ class FollowerNode(Node):
         self._thread.join(timeout=1.0)
         self._send(self._follower.brake(self._ego, 'shutdown'))
         # A publisher that goes takes its unsent messages along.
-        self._twist_out.wait_for_all_acked(LAST_WORD)
+        self._control.flush(LAST_WORD)
 
 
 def main() -> int:

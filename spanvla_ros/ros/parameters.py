@@ -146,6 +146,25 @@ class FollowerSettings:
     preview_s: float = setting(
         0.25, 'response time of the speed control of the vehicle', low=0.05, high=2.0
     )
+    control: str = setting(
+        'twist',
+        'message for the vehicle; all but twist need a message package',
+        choices=('twist', 'ackermann', 'ackermann_stamped', 'carla'),
+    )
+    trigger: str = setting(
+        'timer',
+        'what a command answers: the clock, or each odometry (synchronous simulators)',
+        choices=('timer', 'odometry'),
+    )
+    full_lock_rad: float = setting(
+        1.22, 'control carla: wheel angle at steer 1 until vehicle_info tells', low=0.1, high=1.5
+    )
+    full_throttle_mps2: float = setting(
+        3.0, 'control carla: acceleration at full throttle', low=0.5, high=20.0
+    )
+    full_brake_mps2: float = setting(
+        8.0, 'control carla: deceleration at full brake', low=1.0, high=20.0
+    )
 
 
 @dataclass(frozen=True)
