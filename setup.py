@@ -109,7 +109,15 @@ setup(
             'spanvla = spanvla_ros.cli:main',
             *(
                 f'{node}_node = spanvla_ros.ros.{node}_node:main'
-                for node in ('planner', 'guardian', 'follower', 'recorder', 'town')
+                for node in (
+                    'planner',
+                    'guardian',
+                    'follower',
+                    'recorder',
+                    'town',
+                    'carla',
+                    'replay',
+                )
             ),
         ],
     },

@@ -44,6 +44,14 @@ COMMANDS = {
             'spanvla replay my_bag --camera front=/cam0/image --odometry /odom --out out/replay',
         ),
     ),
+    'rig': Command(
+        'spanvla_ros.rig',
+        'write the cameras of a model as a rig for CARLA, or check one',
+        (
+            'spanvla rig --out out/objects.json',
+            'spanvla rig --check objects.json --role-name hero',
+        ),
+    ),
     'score': Command(
         'spanvla_ros.scoring.command',
         'score planned trajectories with PDMS and EPDMS',

@@ -18,6 +18,9 @@ CHECKED = (
     'spanvla_ros.geometry',
     'spanvla_ros.messages',
     'spanvla_ros.controls',
+    'spanvla_ros.carla',
+    'spanvla_ros.autoware',
+    'spanvla_ros.rig',
     'spanvla_ros.report',
     # Not safety.rollout: its inner loop is scalar, and checking each call slows it thirtyfold.
     'spanvla_ros.safety.checks',

@@ -16,7 +16,7 @@ needs them. Sources, at these commits:
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,19 @@ float32 rear_wheel_angle_rad
     'autoware_planning_msgs/msg/Trajectory': """
 std_msgs/Header header
 autoware_planning_msgs/TrajectoryPoint[] points
+""",
+    'autoware_planning_msgs/msg/PathPoint': """
+geometry_msgs/Pose pose
+float32 longitudinal_velocity_mps
+float32 lateral_velocity_mps
+float32 heading_rate_rps
+bool is_final
+""",
+    'autoware_planning_msgs/msg/Path': """
+std_msgs/Header header
+autoware_planning_msgs/PathPoint[] points
+geometry_msgs/Point[] left_bound
+geometry_msgs/Point[] right_bound
 """,
     'autoware_planning_msgs/msg/LaneletPrimitive': """
 int64 id
@@ -191,3 +204,41 @@ def _maker(name: str) -> Any:
 
     make.msgtype = name
     return make
+
+
+class Desk:
+    """Takes publishers, subscriptions and clients as a node does and keeps what they carry.
+
+    No publisher of rclpy takes classes that rosbags made.
+    """
+
+    def __init__(self, **parameters: object) -> None:
+        self.parameters = parameters
+        self.sent: list[Any] = []
+        self.topics: dict[str, tuple[Any, Any]] = {}
+        self.callbacks: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.calls: list[tuple[str, Any]] = []
+
+    def get_parameter(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(value=self.parameters[name])
+
+    def create_publisher(self, kind: Any, topic: str, profile: Any) -> SimpleNamespace:
+        self.topics[topic] = (kind, profile)
+        return SimpleNamespace(publish=self.sent.append, wait_for_all_acked=lambda _: True)
+
+    def create_subscription(self, kind: Any, topic: str, callback: Any, profile: Any) -> None:
+        self.topics[topic] = (kind, profile)
+        self.callbacks[topic] = callback
+
+    def create_client(self, _kind: Any, name: str) -> SimpleNamespace:
+        def call(request: Any) -> None:
+            self.calls.append((name, request))
+
+        return SimpleNamespace(service_is_ready=lambda: True, call_async=call)
+
+    def get_clock(self) -> SimpleNamespace:
+        return SimpleNamespace(now=lambda: SimpleNamespace(nanoseconds=1_000_000_000))
+
+    def get_logger(self) -> SimpleNamespace:
+        return SimpleNamespace(warning=self.warnings.append)

@@ -38,7 +38,13 @@ MESSAGE_PACKAGES = {
     'visualization_msgs',
 }
 # Used where installed and asked for; nobody has to have them.
-OPTIONAL_MESSAGES = {'autoware_planning_msgs', 'ackermann_msgs', 'carla_msgs'}
+OPTIONAL_MESSAGES = {
+    'autoware_planning_msgs',
+    'autoware_internal_planning_msgs',
+    'autoware_adapi_v1_msgs',
+    'ackermann_msgs',
+    'carla_msgs',
+}
 TORCH_HOMES = (
     'model/backbone.py',
     'model/expert.py',
@@ -118,6 +124,9 @@ def test_every_console_script_has_its_function(setup_arguments):
         'follower_node',
         'recorder_node',
         'town_node',
+        'carla_node',
+        'autoware_node',
+        'replay_node',
     }
     for script in scripts:
         module, function = script.split(' = ')[1].split(':')

@@ -1,64 +1,81 @@
-"""The guardian's trajectory in Autoware's own type, where that is installed and asked for."""
+"""The guardian's trajectory in Autoware's own types, where those are installed and asked for."""
 
 from __future__ import annotations
 
-import math
+import importlib
+import uuid
 from typing import Any
 
-from rclpy.duration import Duration
+import numpy as np
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
-from rclpy.time import Time
-from transforms3d.euler import euler2quat
 
+from spanvla_ros.autoware import MAP_FRAME, Motion, fill_candidates, fill_trajectory
 from spanvla_ros.safety.state import GuardianOutput
 from spanvla_ros.types import SpanvlaError
 
 
+def autoware_class(asker: str, package: str, name: str) -> Any:
+    """A message class of Autoware.
+
+    Raises:
+        SpanvlaError: its package is not installed.
+    """
+    try:
+        return getattr(importlib.import_module(f'{package}.msg'), name)
+    except ImportError as error:
+        raise SpanvlaError(
+            f'{asker} needs {package}, which is not installed; source the Autoware workspace'
+        ) from error
+
+
 class AutowareTrajectory:
-    """Publishes `autoware_planning_msgs/Trajectory` on `output/autoware_trajectory`."""
+    """Publishes `output/autoware_trajectory`, and `output/autoware_candidates` where asked for.
+
+    Candidates name their generator, so that a selector can tell this planner's from another's.
+    """
 
     def __init__(self, node: Node, profile: QoSProfile) -> None:
-        """Open the topic.
+        """Open the topics.
 
         Raises:
-            SpanvlaError: autoware_planning_msgs is not installed.
+            SpanvlaError: a message package is not installed, or the output is not in `map`.
         """
-        try:
-            from autoware_planning_msgs.msg import Trajectory, TrajectoryPoint
-        except ImportError as error:
+        frame = node.get_parameter('output_frame').value
+        if frame != MAP_FRAME:
             raise SpanvlaError(
-                'guardian: autoware is true but autoware_planning_msgs is not installed; '
-                'source the Autoware workspace or set autoware to false'
-            ) from error
-        self._kind, self._point = Trajectory, TrajectoryPoint
-        self._publisher = node.create_publisher(Trajectory, 'output/autoware_trajectory', profile)
+                f'guardian: autoware plans in {MAP_FRAME}, output_frame is {frame}; set it to '
+                f'{MAP_FRAME} or autoware to false'
+            )
+        self._generator = str(node.get_parameter('autoware_generator').value)
+        planning, internal = 'autoware_planning_msgs', 'autoware_internal_planning_msgs'
+        asker = 'guardian: autoware'
+        self._kind = autoware_class(asker, planning, 'Trajectory')
+        self._point = autoware_class(asker, planning, 'TrajectoryPoint')
+        self._publisher = node.create_publisher(self._kind, 'output/autoware_trajectory', profile)
+        self._candidates: Any = None
+        if self._generator:
+            asker = 'guardian: autoware_generator'
+            self._kinds = [
+                autoware_class(asker, internal, name)
+                for name in ('CandidateTrajectories', 'CandidateTrajectory', 'GeneratorInfo')
+            ]
+            # The same name is the same generator, also after a restart.
+            number = uuid.uuid5(uuid.NAMESPACE_URL, f'spanvla_ros:{self._generator}')
+            self._number = np.frombuffer(number.bytes, np.uint8)
+            self._candidates = node.create_publisher(
+                self._kinds[0], 'output/autoware_candidates', profile
+            )
 
     def publish(self, output: GuardianOutput) -> None:
-        """Send one output; the steering angles stay 0, as Autoware's own planners leave them."""
-        self._publisher.publish(fill_autoware(self._kind(), self._point, output))
-
-
-def fill_autoware(message: Any, make_point: Any, output: GuardianOutput) -> Any:
-    """An empty Autoware trajectory filled with an output."""
-    track = output.trajectory
-    message.header.frame_id = track.frame_id
-    message.header.stamp = Time(nanoseconds=track.stamp_ns).to_msg()
-    for time_s, pose, speed, accel, yaw_rate in zip(
-        track.times_s.tolist(),
-        track.poses.tolist(),
-        output.speeds_mps.tolist(),
-        output.accels_mps2.tolist(),
-        output.yaw_rates_radps.tolist(),
-        strict=True,
-    ):
-        point = make_point()
-        point.time_from_start = Duration(nanoseconds=round(time_s * 1e9)).to_msg()
-        point.pose.position.x, point.pose.position.y = pose[0], pose[1]
-        q = point.pose.orientation
-        q.w, q.x, q.y, q.z = euler2quat(0.0, 0.0, math.remainder(pose[2], math.tau))
-        point.longitudinal_velocity_mps = speed
-        point.acceleration_mps2 = accel
-        point.heading_rate_rps = yaw_rate
-        message.points.append(point)
-    return message
+        """Send one output."""
+        motion = Motion(
+            output.trajectory, output.speeds_mps, output.accels_mps2, output.yaw_rates_radps
+        )
+        self._publisher.publish(fill_trajectory(self._kind(), self._point, motion))
+        if self._candidates is None:
+            return
+        message, candidate, info = (kind() for kind in self._kinds)
+        fill_trajectory(candidate, self._point, motion)
+        fill_candidates(message, candidate, info, self._generator, self._number)
+        self._candidates.publish(message)

@@ -127,6 +127,9 @@ class GuardianSettings:
         default=False,
         text='publish output/autoware_trajectory too; needs autoware_planning_msgs',
     )
+    autoware_generator: str = setting(
+        '', 'name under which output/autoware_candidates is published; empty is not at all'
+    )
 
 
 @dataclass(frozen=True)
@@ -196,4 +199,38 @@ class TownSettings:
     )
     command_timeout_s: float = setting(
         0.5, 'without a command for this long the car brakes by itself', low=0.05, high=5.0
+    )
+
+
+@dataclass(frozen=True)
+class CarlaSettings:
+    """Parameters of the carla node."""
+
+    role_name: str = setting('ego_vehicle', 'role name of the ego vehicle in CARLA')
+    origin_ahead_m: float = setting(
+        1.4, 'how far the origin of the vehicle lies ahead of its rear axle', low=-5.0, high=5.0
+    )
+    input_timeout_s: float = setting(
+        0.5, 'an input older than this is reported as stale', low=0.05, high=60.0
+    )
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """Parameters of the replay node."""
+
+    bag: str = setting('', 'bag folder, .mcap or .db3 file')
+    rate: float = setting(1.0, 'speed of the replay', low=0.01, high=100.0)
+    loop: bool = setting(default=False, text='begin again at the end; the clock runs back')
+    clock: bool = setting(default=True, text='publish /clock, that of the bag where it has one')
+    clock_hz: float = setting(100.0, 'rate of /clock on the clock of the wall', low=1.0, high=1e3)
+    start_s: float = setting(0.0, 'begin this long after the start of the bag', low=0.0, high=1e6)
+    wait_s: float = setting(1.0, 'time for subscribers before the first message', low=0.0, high=60)
+    topics: tuple[str, ...] = setting(('',), 'topics to replay; empty is all')
+    remaps: tuple[str, ...] = setting(('',), 'pairs recorded:=published of topic names')
+    latched: tuple[str, ...] = setting(
+        ('',), 'topics to latch where the bag does not say with which QoS they were recorded'
+    )
+    at_end: str = setting(
+        'exit', 'after the last message; stay keeps latched topics', choices=('exit', 'stay')
     )

@@ -4,10 +4,8 @@ The classes of packages without a wheel are made by rosbags, which no publisher 
 node collects what is published.
 """
 
-from types import SimpleNamespace
-
 import pytest
-from foreign_messages import empty, install, round_trip
+from foreign_messages import Desk, empty, install, round_trip
 from geometry_msgs.msg import Twist
 from rclpy.qos import DurabilityPolicy, ReliabilityPolicy
 
@@ -18,24 +16,6 @@ from spanvla_ros.types import DriveCommand, SpanvlaError
 
 LEFT = DriveCommand(8.0, 0.4, 1.0, 0.2, reason='following')
 STAMP_NS = 12_345_678_901
-
-
-class Desk:
-    """Takes publishers and subscriptions as a node does and keeps what they carry."""
-
-    def __init__(self):
-        self.sent, self.topics, self.callbacks, self.warnings = [], {}, {}, []
-
-    def create_publisher(self, kind, topic, profile):
-        self.topics[topic] = (kind, profile)
-        return SimpleNamespace(publish=self.sent.append, wait_for_all_acked=lambda _: True)
-
-    def create_subscription(self, kind, topic, callback, profile):
-        self.topics[topic] = (kind, profile)
-        self.callbacks[topic] = callback
-
-    def get_logger(self):
-        return SimpleNamespace(warning=self.warnings.append)
 
 
 def test_the_parameter_offers_what_is_there():

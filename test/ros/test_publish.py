@@ -2,14 +2,12 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transforms3d.quaternions import quat2mat
 
 from spanvla_ros.messages import read_trajectory
-from spanvla_ros.ros.autoware import fill_autoware
 from spanvla_ros.ros.publish import (
     STATE_COLORS,
     TrajectoryMessage,
@@ -119,28 +117,3 @@ def test_state_without_a_plan(output):
     assert content['kv_stamp_ns'] is None
     assert content['stamp_ns'] == STAMP_NS + 5
     assert content['odometry_age_s'] == 0.0123
-
-
-def test_autoware_points(output):
-    """Filled through stand-ins with Autoware's field names, as its messages are no wheel."""
-
-    def point():
-        position = SimpleNamespace(x=0.0, y=0.0, z=0.0)
-        orientation = SimpleNamespace(w=1.0, x=0.0, y=0.0, z=0.0)
-        return SimpleNamespace(
-            time_from_start=None,
-            pose=SimpleNamespace(position=position, orientation=orientation),
-            longitudinal_velocity_mps=0.0,
-            acceleration_mps2=0.0,
-            heading_rate_rps=0.0,
-        )
-
-    empty = SimpleNamespace(header=SimpleNamespace(frame_id='', stamp=None), points=[])
-    message = fill_autoware(empty, point, output)
-    assert message.header.frame_id == 'odom'
-    assert len(message.points) == 51
-    assert message.points[10].time_from_start.sec == 1
-    assert message.points[0].longitudinal_velocity_mps == 9.0
-    assert message.points[0].acceleration_mps2 == pytest.approx(-7.0)
-    assert message.points[0].heading_rate_rps == pytest.approx(0.4)
-    assert message.points[0].pose.orientation.z == pytest.approx(math.sin(1.5))
