@@ -190,6 +190,52 @@ def test_a_bag_without_a_camera_is_one_sentence(model, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+def test_cameras_are_drawn_for_a_bag_without_and_said_to_be(model, tmp_path, capsys):
+    drive = [item for item in straight_drive(grey(20), 10.0) if item[0] != '/cam/compressed']
+    bag = write_bag(tmp_path / 'bag', drive)
+    town = ROOT / 'test' / 'data' / 'opendrive' / 'shapes.xodr'
+    assert replay(bag, model, tmp_path / 'out', '--draw-cameras', str(town)) == 0
+    label = 'drawn by spanvla_ros from shapes.xodr, not recorded'
+    assert label in capsys.readouterr().out
+    summary, lines = results(tmp_path / 'out')
+    # Odometry at 50 Hz for 2 s, a picture each 0.1 s, of all cameras of the model.
+    assert summary['pictures'] == 20
+    assert summary['pictures_drawn_from'] == {
+        'map': 'shapes.xodr',
+        'map_sha256': hashlib.sha256(town.read_bytes()).hexdigest(),
+    }
+    assert set(summary['topics']['images']) == set(CAMERAS)
+    assert lines
+    assert not any(reason.startswith('camera_missing') for reason in summary['reasons'])
+    assert (tmp_path / 'out' / 'index.html').read_text().count(label) > 10
+
+
+def test_drawn_cameras_beside_recorded_ones_are_refused(model, tmp_path, capsys):
+    bag = write_bag(tmp_path / 'bag', straight_drive(grey(5), 10.0))
+    town = ROOT / 'test' / 'data' / 'opendrive' / 'shapes.xodr'
+    assert replay(bag, model, tmp_path / 'out', '--draw-cameras', str(town)) == 2
+    assert 'for a bag without cameras' in capsys.readouterr().err
+
+
+def test_odometry_of_another_origin_is_moved_to_the_rear_axle(model, tmp_path):
+    bag = write_bag(tmp_path / 'bag', straight_drive(grey(5), 10.0))
+    poses = []
+    for ahead_m in ('0', '1.5'):
+        assert replay(bag, model, tmp_path / ahead_m, '--origin-ahead-m', ahead_m) == 0
+        poses.append(results(tmp_path / ahead_m)[1][0]['poses'][0])
+    assert poses[0][0] - poses[1][0] == pytest.approx(1.5, abs=1e-3)
+
+
+@needs_real
+def test_a_real_carla_recording_is_planned_on_drawn_cameras(model, tmp_path):
+    words = ['--draw-cameras', str(REAL / 'Town01.xodr'), '--origin-ahead-m', '1.4']
+    assert replay(REAL / 'carla_town01_recording', model, tmp_path / 'out', *words) == 0
+    summary, _ = results(tmp_path / 'out')
+    assert summary['topics']['route'] == '/carla/hero/waypoints'
+    assert summary['pictures'] >= 240
+    assert summary['pictures_drawn_from']['map'] == 'Town01.xodr'
+
+
 def test_errors_of_a_constant_drive_are_those_of_the_plans(model, tmp_path):
     speed_mps = 8.0
     bag = write_bag(tmp_path / 'bag', straight_drive(grey(70), 10.0, speed_mps))

@@ -70,7 +70,12 @@ def open_bag(path: str | Path) -> Iterator[AnyReader]:
 
 
 def find_topics(
-    connections: Sequence[Connection], wish: Wish, cameras: Sequence[str], bag: str
+    connections: Sequence[Connection],
+    wish: Wish,
+    cameras: Sequence[str],
+    bag: str,
+    *,
+    drawn: bool = False,
 ) -> Topics:
     """Match a bag's topics with what a model needs.
 
@@ -79,6 +84,7 @@ def find_topics(
         wish: what the user named.
         cameras: the model's camera names, the anchor first.
         bag: the bag's name, for the sentences.
+        drawn: the pictures are drawn; the bag then must have none.
 
     Raises:
         SpanvlaError: a camera or the odometry is missing, or there is more than one choice.
@@ -86,7 +92,10 @@ def find_topics(
     kinds = {connection.topic: connection.msgtype for connection in connections}
     # What a drive of ours published is no input of the next.
     inputs = {topic: kind for topic, kind in kinds.items() if '/output/' not in topic}
-    images = _images(kinds, inputs, wish, cameras, bag)
+    if drawn:
+        images = _no_images(inputs, wish, cameras, bag)
+    else:
+        images = _images(kinds, inputs, wish, cameras, bag)
     infos = {name: info for name, topic in images.items() if (info := _info_of(topic, inputs))}
     odometry = _one(kinds, inputs, wish.odometry, ODOMETRY, '--odometry', bag)
     if odometry is None:
@@ -116,7 +125,7 @@ def _images(
     if not found:
         raise SpanvlaError(
             f'{bag}: no camera topic ({IMAGE} or {COMPRESSED}); '
-            'a planner needs pictures, record a camera'
+            'a planner needs pictures: record a camera, or draw them with --draw-cameras MAP.xodr'
         )
     named = {
         name: topic for name in cameras for topic in found if name in topic.strip('/').split('/')
@@ -129,6 +138,18 @@ def _images(
         f'{bag}: {len(found)} image topics ({", ".join(found)}); '
         f'choose with --camera {cameras[0]}=TOPIC'
     )
+
+
+def _no_images(
+    inputs: Mapping[str, str], wish: Wish, cameras: Sequence[str], bag: str
+) -> dict[str, str]:
+    found = sorted(topic for topic, kind in inputs.items() if kind in (IMAGE, COMPRESSED))
+    if found or wish.cameras:
+        raise SpanvlaError(
+            f'{bag}: --draw-cameras is for a bag without cameras; this one has '
+            f'{", ".join(found) or "some named"}, leave the option out'
+        )
+    return {name: f'(drawn)/{name}' for name in cameras}
 
 
 def _info_of(image_topic: str, inputs: Mapping[str, str]) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rosbags.highlevel import AnyReader
 from tqdm import tqdm
 
 from spanvla_ros import __version__
@@ -26,6 +27,7 @@ from spanvla_ros.replay.bag import (
     open_bag,
     static_transforms,
 )
+from spanvla_ros.replay.drawing import DRAW_HZ, Drawing
 from spanvla_ros.replay.page import write_replay_page
 from spanvla_ros.replay.steps import TOKENS_PER_FRAME, Replay, Step, open_loop_error
 from spanvla_ros.runtime.planner import Planner
@@ -49,6 +51,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--backend', default='auto', help='auto, onnxruntime, torch or tensorrt')
     parser.add_argument('--schedule', choices=SCHEDULES, help='default: that of the model')
     parser.add_argument('--vehicle', default='', help='vehicle file; default: the built-in one')
+    parser.add_argument(
+        '--draw-cameras',
+        metavar='MAP.xodr',
+        help='draw the cameras from an OpenDRIVE map, for a bag that has none',
+    )
+    parser.add_argument(
+        '--origin-ahead-m',
+        type=float,
+        default=0.0,
+        help='how far what the odometry follows lies ahead of the rear axle; CARLA: about 1.4',
+    )
     parser.add_argument('--out', required=True, help='folder for what the replay leaves')
 
 
@@ -61,21 +74,39 @@ def run(options: argparse.Namespace) -> int:
         model_dir = Path(options.model) if options.model else shipped_model_dir()
         # A bag that lacks something is told before a model is loaded, whichever model it is.
         config_names = _camera_names(model_dir)
-        topics = find_topics(reader.connections, wish, config_names, str(bag))
-        planner = Planner.open(model_dir, options.backend, schedule=options.schedule)
-        replay = Replay(planner, topics, vehicle, static_transforms(reader))
-        pictures = sum(
-            connection.msgcount
-            for connection in reader.connections
-            if connection.topic == topics.images[config_names[0]]
+        map_file = Path(options.draw_cameras) if options.draw_cameras else None
+        topics = find_topics(
+            reader.connections, wish, config_names, str(bag), drawn=map_file is not None
         )
-        with tqdm(total=pictures, desc='replay', unit='picture', leave=False) as bar:
+        planner = Planner.open(model_dir, options.backend, schedule=options.schedule)
+        drawing = None if map_file is None else Drawing(map_file, planner.config.cameras)
+        replay = Replay(
+            planner,
+            topics,
+            vehicle,
+            static_transforms(reader),
+            origin_ahead_m=options.origin_ahead_m,
+            drawing=drawing,
+        )
+        with tqdm(
+            total=_pictures(reader, topics, config_names[0]),
+            desc='replay',
+            unit='picture',
+            leave=False,
+        ) as bar:
             for topic, message in messages_in_order(reader, topics):
                 replay.feed(topic, message)
                 bar.n = len(replay.steps)
                 bar.update(0)
         replay.finish()
     return _leave(replay, bag, Path(options.out))
+
+
+def _pictures(reader: AnyReader, topics: Topics, anchor: str) -> int:
+    """How many pictures will be planned from, for the progress bar."""
+    counts = {connection.topic: connection.msgcount for connection in reader.connections}
+    drawn = round((reader.end_time - reader.start_time) / 1e9 * DRAW_HZ)
+    return counts.get(topics.images[anchor], drawn)
 
 
 def _camera_names(model_dir: Path) -> tuple[str, ...]:
@@ -126,6 +157,8 @@ def _leave(replay: Replay, bag: Path, out: Path) -> int:
         f'{_counted(summary["states"])}, ADE '
         f'{"unknown" if ade is None else f"{ade:.2f} m"}, see {out / "index.html"}'
     )
+    if replay.drawing is not None:
+        print(f'replay: the pictures are {replay.drawing.source.label}')  # noqa: T201
     return 0 if accepted else 1
 
 
@@ -141,6 +174,7 @@ def _summary(replay: Replay, bag: Path, digest: str) -> dict[str, Any]:
         'bag': bag.name,
         'topics': _topics_json(topics),
         'pictures': len(replay.steps),
+        'pictures_drawn_from': None if replay.drawing is None else asdict(replay.drawing.source),
         'plans': len(accepted),
         'not_planned': dict(Counter(step.refusal for step in replay.steps if step.refusal)),
         'states': dict(Counter(step.state for step in accepted)),

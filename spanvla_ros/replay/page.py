@@ -47,6 +47,8 @@ def write_replay_page(path: Path, replay: Replay, summary: dict[str, Any]) -> No
         'Open loop: the recorded driver drove, the model only planned. '
         'Time is that of the recording.'
     )
+    if replay.drawing is not None:
+        note += f' The pictures are {replay.drawing.source.label}.'
     fragments = [headline(f'Replay of {summary["bag"]}', note, facts)]
     stride = max(1, -(-len(steps) // MOST_FRAMES))
     frames = [(_label(step, begin_ns), _moment(step, replay)) for step in steps[::stride]]
@@ -64,7 +66,8 @@ def _label(step: Step, begin_ns: int) -> str:
 def _moment(step: Step, replay: Replay) -> str:
     plan = step.plan
     if plan is None:
-        shot = encode_picture(step.picture, f'no plan: {step.refusal}')
+        drawn = '' if replay.drawing is None else f'{replay.drawing.source.label}; '
+        shot = encode_picture(step.picture, f'{drawn}no plan: {step.refusal}')
         return picture(shot)
     spec = replay.planner.config.cameras[0]
     view = CameraView(
@@ -81,6 +84,8 @@ def _moment(step: Step, replay: Replay) -> str:
     path = local_from_world(np.array(plan.origin), plan.trajectory.poses)[:, :2]
     pixels = project_ground(view, np.vstack([np.zeros((1, 2)), path]))
     words = step.refusal or ', '.join(step.reasons) or step.state
+    if replay.drawing is not None:
+        words = f'{replay.drawing.source.label}; {words}'
     shot = encode_picture(step.picture, words, (Overlay(pixels, 'c0', 2.0),))
     shapes = []
     if replay.egos:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, UInt8
 
+from spanvla_ros.carla import to_rear_axle
 from spanvla_ros.geometry import world_from_local
 from spanvla_ros.messages import (
     Intrinsics,
@@ -27,6 +28,7 @@ from spanvla_ros.messages import (
     read_route,
 )
 from spanvla_ros.replay.bag import Topics
+from spanvla_ros.replay.drawing import Drawing
 from spanvla_ros.runtime.observations import IMAGE_TOLERANCE_S, ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.safety.state import Guardian, GuardianParameters
@@ -62,6 +64,9 @@ class Replay:
         topics: Topics,
         vehicle: Vehicle,
         transforms: Mapping[tuple[str, str], Float64[np.ndarray, '3']],
+        *,
+        origin_ahead_m: float = 0.0,
+        drawing: Drawing | None = None,
     ) -> None:
         """Start empty.
 
@@ -70,7 +75,11 @@ class Replay:
             topics: what the bag offers.
             vehicle: whose limits the guardian holds.
             transforms: static plane transforms, by parent and child frame.
+            origin_ahead_m: how far what the odometry follows lies ahead of the rear axle.
+            drawing: draws the pictures where the bag has none.
         """
+        self.drawing = drawing
+        self._origin_ahead_m = origin_ahead_m
         self.planner = planner
         self.topics = topics
         self.builder = ObservationBuilder(planner.config)
@@ -112,6 +121,8 @@ class Replay:
             self._plan(self._waiting)
 
     def _on_odometry(self, message: Any) -> None:
+        if self._origin_ahead_m:
+            message = to_rear_axle(message, self._origin_ahead_m)
         ego = read_odometry(message)
         if self._waiting is not None and self._too_late(ego.stamp_ns):
             self._plan(self._waiting)
@@ -124,6 +135,9 @@ class Replay:
         self._now_ns = ego.stamp_ns
         self.guardian.on_ego(ego, self._now_ns)
         self.egos.append(ego)
+        if self.drawing is not None:
+            for frame in self.drawing.pictures(ego):
+                self.take_frame(frame)
 
     def _take_route(self) -> None:
         """Hand the route on, in the odometry frame, once that is known."""
@@ -155,7 +169,11 @@ class Replay:
         frame = (read_compressed_image if compressed else read_image)(message, camera, info)
         spec = self._specs[camera]
         picture = fit_picture(frame.image, info, spec.width_px, spec.height_px, spec.fov_deg)
-        frame = replace(frame, image=picture)
+        self.take_frame(replace(frame, image=picture))
+
+    def take_frame(self, frame: CameraFrame) -> None:
+        """Take one picture of the model's own size; a plan follows once all cameras are there."""
+        camera = frame.camera
         if self._waiting is not None and self._too_late(frame.stamp_ns):
             self._plan(self._waiting)
         reason = self.builder.add_frame(frame)
