@@ -112,6 +112,11 @@ class CameraInputs:
             intake.stamp_ns = stamp_ns_of(message.header)
             self._news.notify()
 
+    @property
+    def meters(self) -> dict[str, InputMeter]:
+        """The picture meter of each camera."""
+        return {name: intake.meter for name, intake in self.intakes.items()}
+
     def wake(self) -> None:
         """Let a waiting `wait_for_anchor` return."""
         with self._news:

@@ -12,59 +12,34 @@ import gc
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from geometry_msgs.msg import AccelWithCovarianceStamped
-from nav_msgs.msg import Odometry
-from nav_msgs.msg import Path as PathMessage
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from spanvla_ros.messages import MessageError, read_odometry, read_route, stamp_ns_of
 from spanvla_ros.model.checkpoint import load_model_dir
-from spanvla_ros.model.config import CameraSpec
 from spanvla_ros.ros.camera_inputs import CameraInputs
 from spanvla_ros.ros.diagnostics import (
     ERROR,
     OK,
     WARN,
     DiagnosticsPublisher,
-    InputMeter,
     StageMeter,
     status,
 )
 from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
+from spanvla_ros.ros.planner_inputs import PlannerInputs
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
-from spanvla_ros.safety.clock import ClockWatch
-from spanvla_ros.types import COMMANDS, CameraFrame, EgoState, Plan, SpanvlaError
+from spanvla_ros.types import CameraFrame, Plan, SpanvlaError
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-LATCHED = QoSProfile(
-    depth=1,
-    reliability=ReliabilityPolicy.RELIABLE,
-    durability=DurabilityPolicy.TRANSIENT_LOCAL,
-)
-ODOMETRY = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to plan."""
-
-    planner: Planner
-    builder: ObservationBuilder
-
-    @property
-    def cameras(self) -> tuple[CameraSpec, ...]:
-        """The model's cameras, the anchor first."""
-        return self.planner.config.cameras
 
 
 class PlannerNode(LifecycleNode):
@@ -74,22 +49,14 @@ class PlannerNode(LifecycleNode):
         """Declare parameters and the topics that do not depend on the model."""
         super().__init__('planner')
         self.settings = declare(self, PlannerSettings)
-        self._model: LoadedModel | None = None
-        self._next_model: LoadedModel | None = None
+        self._model: Planner | None = None
+        self._next_model: Planner | None = None
         self._cameras: CameraInputs | None = None
-        self._lock = threading.Lock()
         self._active = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        timeout_s = self.settings.input_timeout_s
-        self._odometry_meter = InputMeter('input/odometry', timeout_s)
-        self._route_meter = InputMeter('input/route', timeout_s, required=False)
-        self._clock_meter = InputMeter('clock', timeout_s, required=False)
-        self._command_meter = InputMeter('input/command', timeout_s, required=False)
         self._stages = StageMeter()
-        self._clock_watch = ClockWatch()
         self._resets_seen = 0
-        self._accel: float | None = None
         self._plan_fault, self._plan_fault_s = '', -np.inf
         self._degraded: tuple[str, ...] = ()
         self._plans = 0
@@ -104,15 +71,7 @@ class PlannerNode(LifecycleNode):
         self._overlay_out = self.create_publisher(
             CompressedImage, 'output/overlay/compressed', RELIABLE
         )
-        subscribe = self.create_subscription
-        subscribe(Odometry, 'input/odometry', self._on_odometry, ODOMETRY)
-        subscribe(
-            AccelWithCovarianceStamped, 'input/acceleration', self._on_acceleration, ODOMETRY
-        )
-        # A bag offers its latched route as volatile, which a latched subscription never sees.
-        for profile in (LATCHED, RELIABLE):
-            subscribe(PathMessage, 'input/route', self._on_route, profile)
-        subscribe(String, 'input/command', self._on_command, RELIABLE)
+        self._inputs = PlannerInputs(self, self.settings)
         self.create_service(Trigger, '~/reload_model', self._on_reload_model)
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
@@ -122,15 +81,16 @@ class PlannerNode(LifecycleNode):
     def on_configure(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Verify, load and warm up the model, then subscribe to its cameras."""
         try:
-            self._model = self._load()
+            self._model = model = self._load()
         except SpanvlaError as error:
             self.get_logger().error(str(error))
             self._loading = str(error)
             return TransitionCallbackReturn.FAILURE
+        self._inputs.use(ObservationBuilder(model.config))
         topics = dict(pair.split('=', 1) for pair in self.settings.camera_topics if '=' in pair)
         self._cameras = CameraInputs(
             self,
-            self._model.cameras,
+            model.config.cameras,
             topics,
             self.settings.input_timeout_s,
             use_cv_bridge=self.settings.use_cv_bridge,
@@ -154,6 +114,7 @@ class PlannerNode(LifecycleNode):
     def on_cleanup(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Forget model and cameras."""
         self._end_worker()
+        self._inputs.use(None)
         self._model = None
         return TransitionCallbackReturn.SUCCESS
 
@@ -186,7 +147,7 @@ class PlannerNode(LifecycleNode):
 
     # The model.
 
-    def _load(self) -> LoadedModel:
+    def _load(self) -> Planner:
         settings = self.settings
         planner = Planner.open(
             settings.model_dir,
@@ -202,7 +163,7 @@ class PlannerNode(LifecycleNode):
         self.get_logger().info(
             f'{settings.model_dir}: {planner.model_sha256[:12]} on {planner.backend.name}'
         )
-        return LoadedModel(planner, ObservationBuilder(planner.config))
+        return planner
 
     def _on_reload_model(
         self, _request: Trigger.Request, response: Trigger.Response
@@ -216,7 +177,7 @@ class PlannerNode(LifecycleNode):
         except SpanvlaError as error:
             response.success, response.message = False, str(error)
             return response
-        if directory.config.cameras != self._model.cameras:
+        if directory.config.cameras != self._model.config.cameras:
             response.success = False
             response.message = 'the new model has other cameras; configure the node again'
             return response
@@ -234,83 +195,8 @@ class PlannerNode(LifecycleNode):
         finally:
             self._loading = ''
 
-    # Inputs.
-
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
-
-    def _on_odometry(self, message: Odometry) -> None:
-        try:
-            self._check_frame('odometry', message)
-            ego = read_odometry(message)
-            if self._accel is not None:
-                ego = replace(ego, accel_mps2=self._accel)
-            self._take_ego(ego)
-        except MessageError as error:
-            self._odometry_meter.fault(self._now_ns(), str(error))
-
-    def _take_ego(self, ego: EgoState) -> None:
-        reason = ''
-        with self._lock:
-            self._watch_clock()
-            model = self._model
-            if model is not None:
-                resets = model.builder.resets
-                reason = model.builder.add_ego(ego)
-                if model.builder.resets != resets:
-                    reason = 'clock_backwards: odometry stamps ran back, buffers emptied'
-        if reason:
-            self._odometry_meter.fault(self._now_ns(), reason)
-        else:
-            self._odometry_meter.arrived(self._now_ns(), ego.stamp_ns)
-
-    def _check_frame(self, source: str, message: Odometry | PathMessage) -> None:
-        frame_id, wanted = str(message.header.frame_id), self.settings.output_frame
-        if frame_id != wanted:
-            raise MessageError(f'{source}: frame {frame_id!r:.40} is not output_frame {wanted!r}')
-
-    def _watch_clock(self) -> None:
-        """Empty the buffers after a jump of the node's own clock; called under the lock."""
-        now_ns = self._now_ns()
-        jump = self._clock_watch.observe(now_ns)
-        if jump is None:
-            return
-        self._clock_meter.fault(now_ns, f'{jump}: buffers emptied')
-        if self._model is not None:
-            self._model.builder.clock_jumped()
-
-    def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
-        value = float(message.accel.accel.linear.x)
-        self._accel = value if np.isfinite(value) else None
-
-    def _on_route(self, message: PathMessage) -> None:
-        try:
-            self._check_frame('route', message)
-            route = read_route(message)
-        except MessageError as error:
-            self._route_meter.fault(self._now_ns(), str(error))
-            return
-        model = self._model
-        if model is None:
-            return
-        with self._lock:
-            reason = model.builder.set_route(route)
-        if reason:
-            self._route_meter.fault(self._now_ns(), reason)
-        else:
-            self._route_meter.arrived(self._now_ns(), stamp_ns_of(message.header))
-
-    def _on_command(self, message: String) -> None:
-        if message.data not in COMMANDS:
-            self._command_meter.fault(
-                self._now_ns(), f'{message.data!r:.40} is none of {", ".join(COMMANDS)}'
-            )
-            return
-        self._command_meter.arrived(self._now_ns())
-        model = self._model
-        if model is not None:
-            with self._lock:
-                model.builder.set_command(message.data)
 
     # The worker.
 
@@ -321,62 +207,42 @@ class PlannerNode(LifecycleNode):
             if cameras is None or model is None:
                 return
             if self._next_model is not None:
-                model = self._take_next_model(model)
+                self._model, self._next_model = self._next_model, None
+                continue
             try:
                 if cameras.wait_for_anchor(0.0 if thinking else 0.2):
                     thinking = self._plan_newest(cameras, model)
                 elif thinking:
-                    model.planner.reason_slice(self.settings.reason_slice_ms)
-                    thinking = model.planner.busy
+                    model.reason_slice(self.settings.reason_slice_ms)
+                    thinking = model.busy
             except Exception as error:
                 # Whatever it was, the next picture is a new chance; the guardian bridges the gap.
                 self._note_fault(f'{type(error).__name__}: {error}')
                 self.get_logger().error(self._plan_fault, throttle_duration_sec=5.0)
                 thinking = False
 
-    def _take_next_model(self, model: LoadedModel) -> LoadedModel:
-        taken = self._next_model
-        if taken is None:
-            return model
-        with self._lock:
-            # The buffers hold inputs, not thoughts: they serve the new model as well.
-            taken = replace(taken, builder=model.builder)
-            self._model, self._next_model = taken, None
-        return taken
-
-    def _plan_newest(self, cameras: CameraInputs, model: LoadedModel) -> bool:
+    def _plan_newest(self, cameras: CameraInputs, model: Planner) -> bool:
         """Plan from the newest pictures; whether there is something left to reason about."""
         begin_s = time.perf_counter()
         stamp_ns, frames = cameras.take(self.settings.sync_wait_ms / 1e3)
-        with self._lock:
-            self._watch_clock()
-            resets = model.builder.resets
-            for frame in frames:
-                reason = model.builder.add_frame(frame)
-                if reason:
-                    cameras.intakes[frame.camera].meter.fault(self._now_ns(), reason)
-            if model.builder.resets != resets:
-                meter = cameras.intakes[model.cameras[0].name].meter
-                meter.fault(
-                    self._now_ns(), 'clock_backwards: image stamps ran back, buffers emptied'
-                )
-            if model.builder.resets != self._resets_seen:
-                # Whoever emptied the buffers, thoughts of another time go with them.
-                self._resets_seen = model.builder.resets
-                model.planner.reset()
-            if stamp_ns is None or not self._active.is_set():
-                return False
-            observation = model.builder.build(stamp_ns)
-        if observation is None:
-            self._note_fault(f'no plan: {model.builder.refusal}')
+        self._inputs.take(frames, cameras.meters)
+        if self._inputs.resets != self._resets_seen:
+            # Whoever emptied the buffers, thoughts of another time go with them.
+            self._resets_seen = self._inputs.resets
+            model.reset()
+        if stamp_ns is None or not self._active.is_set():
+            return False
+        observation = self._inputs.observe(stamp_ns)
+        if isinstance(observation, str):
+            self._note_fault(f'no plan: {observation}')
             return False
         observed_s = time.perf_counter()
-        plan = model.planner.plan(observation)
+        plan = model.plan(observation)
         self._publish(plan, frames, model, (observed_s - begin_s) * 1e3)
-        return model.planner.busy
+        return model.busy
 
     def _publish(
-        self, plan: Plan, frames: list[CameraFrame], model: LoadedModel, observe_ms: float
+        self, plan: Plan, frames: list[CameraFrame], model: Planner, observe_ms: float
     ) -> None:
         plan = replace(plan, stage_ms=replace(plan.stage_ms, observe_ms=observe_ms))
         self._plan_out.publish(String(data=plan.to_json()))
@@ -401,8 +267,8 @@ class PlannerNode(LifecycleNode):
             self._overlay_s = now_s
             self._publish_overlay(plan, frames, model)
 
-    def _publish_overlay(self, plan: Plan, frames: list[CameraFrame], model: LoadedModel) -> None:
-        camera = model.cameras[0]
+    def _publish_overlay(self, plan: Plan, frames: list[CameraFrame], model: Planner) -> None:
+        camera = model.config.cameras[0]
         picture = next((frame.image for frame in frames if frame.camera == camera.name), None)
         if picture is None:
             return
@@ -419,15 +285,9 @@ class PlannerNode(LifecycleNode):
         self._plan_fault, self._plan_fault_s = text, time.monotonic()
 
     def _publish_diagnostics(self) -> None:
-        with self._lock:
-            self._watch_clock()
+        self._inputs.watch_clock()
         now_ns = self._now_ns()
-        meters = [
-            self._odometry_meter,
-            self._route_meter,
-            self._command_meter,
-            self._clock_meter,
-        ]
+        meters = [*self._inputs.meters]
         cameras, model = self._cameras, self._model
         if cameras is not None:
             for intake in cameras.intakes.values():
@@ -436,12 +296,12 @@ class PlannerNode(LifecycleNode):
         values = {'plans': str(self._plans), **self._stages.values()}
         if model is not None:
             values |= {
-                'model_sha256': model.planner.model_sha256,
-                'backend': model.planner.backend.name,
-                'schedule': model.planner.schedule,
-                'pictures_encoded': str(model.planner.pictures_encoded),
-                'think_rate': f'{model.planner.meter.slow_share:.2f}',
-                'tokens_per_s': f'{model.planner.meter.tokens_per_s:.0f}',
+                'model_sha256': model.model_sha256,
+                'backend': model.backend.name,
+                'schedule': model.schedule,
+                'pictures_encoded': str(model.pictures_encoded),
+                'think_rate': f'{model.meter.slow_share:.2f}',
+                'tokens_per_s': f'{model.meter.tokens_per_s:.0f}',
             }
         if self._plan_fault and time.monotonic() - self._plan_fault_s < 5.0:
             level, text = ERROR, self._plan_fault

@@ -1,0 +1,202 @@
+"""What the planner hears: odometry, acceleration, route, command, checked and kept aligned.
+
+Callbacks check a message and hand it to the `ObservationBuilder`; a bad one is a line in
+`/diagnostics` under the name of its input. The planner's worker asks for the observation at the
+stamp of a picture. Both sides meet under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from geometry_msgs.msg import AccelWithCovarianceStamped
+from nav_msgs.msg import Odometry
+from nav_msgs.msg import Path as PathMessage
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from std_msgs.msg import String
+
+from spanvla_ros.messages import (
+    MessageError,
+    read_acceleration,
+    read_odometry,
+    read_route,
+    stamp_ns_of,
+)
+from spanvla_ros.ros.diagnostics import InputMeter
+from spanvla_ros.ros.parameters import PlannerSettings
+from spanvla_ros.runtime.observations import ObservationBuilder
+from spanvla_ros.safety.clock import ClockWatch
+from spanvla_ros.types import COMMANDS, CameraFrame, EgoState, Observation, Route
+
+RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
+ODOMETRY = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+class PlannerInputs:
+    """Subscriptions of a planner apart from its cameras; silent until `use` names a builder."""
+
+    def __init__(self, node: Node, settings: PlannerSettings) -> None:
+        """Subscribe on `node`."""
+        self._node = node
+        self._frame = settings.output_frame
+        self._lock = threading.Lock()
+        self._builder: ObservationBuilder | None = None
+        self._clock_watch = ClockWatch()
+        self._accel_mps2, self._accel_ns = 0.0, -1
+        self._accel_keep_ns = round(settings.input_timeout_s * 1e9)
+        self._last_route: Route | None = None
+        self._last_command: str | None = None
+        timeout_s = settings.input_timeout_s
+        self._odometry = InputMeter('input/odometry', timeout_s)
+        self._acceleration = InputMeter('input/acceleration', timeout_s, required=False)
+        self._route = InputMeter('input/route', timeout_s, required=False)
+        self._command = InputMeter('input/command', timeout_s, required=False)
+        self._clock = InputMeter('clock', timeout_s, required=False)
+        subscribe = node.create_subscription
+        subscribe(Odometry, 'input/odometry', self._on_odometry, ODOMETRY)
+        subscribe(
+            AccelWithCovarianceStamped, 'input/acceleration', self._on_acceleration, ODOMETRY
+        )
+        # A bag offers its latched route as volatile, which a latched subscription never sees.
+        for profile in (LATCHED, RELIABLE):
+            subscribe(PathMessage, 'input/route', self._on_route, profile)
+        subscribe(String, 'input/command', self._on_command, RELIABLE)
+
+    @property
+    def meters(self) -> tuple[InputMeter, ...]:
+        """One meter for each input, and the clock's."""
+        return self._odometry, self._acceleration, self._route, self._command, self._clock
+
+    @property
+    def resets(self) -> int:
+        """How often the buffers were emptied, by whatever jumped."""
+        return 0 if self._builder is None else self._builder.resets
+
+    def use(self, builder: ObservationBuilder | None) -> None:
+        """Fill this builder from now on; None drops what comes in."""
+        with self._lock:
+            self._builder = builder
+            if builder is None:
+                return
+            # A latched route comes once, maybe long before the model is loaded.
+            if self._last_route is not None:
+                builder.set_route(self._last_route)
+            builder.set_command(self._last_command)
+
+    def watch_clock(self) -> None:
+        """Empty the buffers after a jump of the node's own clock."""
+        with self._lock:
+            self._watch_clock()
+
+    def take(self, frames: Sequence[CameraFrame], meters: Mapping[str, InputMeter]) -> None:
+        """Take new pictures; a refusal goes to the meter of their camera."""
+        with self._lock:
+            self._watch_clock()
+            builder = self._builder
+            if builder is None:
+                return
+            for frame in frames:
+                resets = builder.resets
+                reason = builder.add_frame(frame)
+                if builder.resets != resets:
+                    reason = 'clock_backwards: image stamps ran back, buffers emptied'
+                if reason:
+                    meters[frame.camera].fault(self._now_ns(), reason)
+
+    def observe(self, stamp_ns: int) -> Observation | str:
+        """The observation at the stamp of an anchor picture, or why there is none."""
+        with self._lock:
+            if self._builder is None:
+                return 'not_configured'
+            return self._builder.build(stamp_ns) or self._builder.refusal
+
+    def _now_ns(self) -> int:
+        return int(self._node.get_clock().now().nanoseconds)
+
+    def _watch_clock(self) -> None:
+        now_ns = self._now_ns()
+        jump = self._clock_watch.observe(now_ns)
+        if jump is None:
+            return
+        self._clock.fault(now_ns, f'{jump}: buffers emptied')
+        if self._builder is not None:
+            self._builder.clock_jumped()
+
+    def _on_odometry(self, message: Odometry) -> None:
+        try:
+            self._check_frame('odometry', message)
+            ego = read_odometry(message)
+        except MessageError as error:
+            self._odometry.fault(self._now_ns(), str(error))
+            return
+        # One that fell silent says nothing about the present.
+        if self._accel_ns >= 0 and self._now_ns() - self._accel_ns <= self._accel_keep_ns:
+            ego = replace(ego, accel_mps2=self._accel_mps2)
+        reason = self._take_ego(ego)
+        if reason:
+            self._odometry.fault(self._now_ns(), reason)
+        else:
+            self._odometry.arrived(self._now_ns(), ego.stamp_ns)
+
+    def _take_ego(self, ego: EgoState) -> str:
+        with self._lock:
+            self._watch_clock()
+            builder = self._builder
+            if builder is None:
+                return ''
+            resets = builder.resets
+            reason = builder.add_ego(ego)
+            if builder.resets != resets:
+                return 'clock_backwards: odometry stamps ran back, buffers emptied'
+            return reason
+
+    def _check_frame(self, source: str, message: Odometry | PathMessage) -> None:
+        frame_id = str(message.header.frame_id)
+        if frame_id != self._frame:
+            raise MessageError(
+                f'{source}: frame {frame_id!r:.40} is not output_frame {self._frame!r}'
+            )
+
+    def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
+        try:
+            self._accel_mps2, self._accel_ns = read_acceleration(message), self._now_ns()
+        except MessageError as error:
+            self._accel_ns = -1
+            self._acceleration.fault(self._now_ns(), str(error))
+            return
+        self._acceleration.arrived(self._now_ns(), stamp_ns_of(message.header))
+
+    def _on_route(self, message: PathMessage) -> None:
+        try:
+            self._check_frame('route', message)
+            route = read_route(message)
+        except MessageError as error:
+            self._route.fault(self._now_ns(), str(error))
+            return
+        with self._lock:
+            reason = '' if self._builder is None else self._builder.set_route(route)
+            self._last_route = None if reason else route
+        if reason:
+            self._route.fault(self._now_ns(), reason)
+        else:
+            self._route.arrived(self._now_ns(), route.stamp_ns)
+
+    def _on_command(self, message: String) -> None:
+        if message.data not in COMMANDS:
+            self._command.fault(
+                self._now_ns(), f'{message.data!r:.40} is none of {", ".join(COMMANDS)}'
+            )
+            return
+        self._command.arrived(self._now_ns())
+        with self._lock:
+            self._last_command = message.data
+            if self._builder is not None:
+                self._builder.set_command(message.data)
