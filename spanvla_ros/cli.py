@@ -101,6 +101,11 @@ COMMANDS = {
         'write the graphs of a model and prove that they match it',
         ('spanvla export --model models/town --target onnxruntime',),
     ),
+    'doctor': Command(
+        'spanvla_ros.doctor.command',
+        'name what is missing or mis-set, each with the line that mends it',
+        ('spanvla doctor', 'spanvla doctor --json'),
+    ),
 }
 
 # The extra that brings each optional library, by the name it is imported under.

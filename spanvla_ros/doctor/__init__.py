@@ -1,0 +1,1 @@
+"""What is missing or mis-set on a machine, in a recorded drive, on a running graph."""
