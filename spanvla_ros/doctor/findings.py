@@ -116,7 +116,7 @@ MACHINE = {
     ),
     'dds_profile_unset': Advice(
         INFO,
-        'no Fast DDS profile (launch files set one): raw pictures above 0.4 MB would mostly be lost',
+        'no Fast DDS profile (launch files set one): raw pictures above 0.4 MB would be lost',
         'export FASTDDS_DEFAULT_PROFILES_FILE={profile}',
     ),
     'dds_profile_missing': Advice(

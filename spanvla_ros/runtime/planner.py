@@ -81,6 +81,15 @@ class Bridge:
     answer: Answer | None = None
 
 
+@dataclass(frozen=True)
+class Deed:
+    """What a plan does, as far as words may be held against it: poses in `base_link`."""
+
+    poses: Float64[np.ndarray, 't 3']
+    speed_mps: float
+    command: str
+
+
 class Planner:
     """Plans of one model; keeps vision and K/V of recent frames and the last reasoning.
 
@@ -181,6 +190,8 @@ class Planner:
         self._vision: dict[tuple[str, int], Float32[np.ndarray, 'n d']] = {}
         self._bridge: Bridge | None = None
         self._prompt: Prompt | None = None
+        self._newest: Deed | None = None
+        self._spoken_of: Deed | None = None
         self._reasoning: Reasoning | None = None
         self._since_vision = 0
         self._reasoner.reset()
@@ -230,7 +241,8 @@ class Planner:
         poses = settled(poses, self.config.times_s, observation.ego.speed_mps)
         total_ms = (time.perf_counter() - began) * 1e3
         self._plans += 1
-        return self._record(observation, bridge, poses, times.stages(total_ms))
+        self._newest = Deed(poses, observation.ego.speed_mps, observation.command)
+        return self._record(observation, bridge, self._newest, times.stages(total_ms))
 
     def reason_slice(
         self, budget_ms: float = SLICE_MS, tokens: int | None = None
@@ -251,11 +263,30 @@ class Planner:
             if self._prompt is None:
                 return None
             self._reasoner.start(self._prompt)
-            self._prompt = None
+            self._prompt, self._spoken_of = None, self._newest
         finished = self._reasoner.advance(budget_ms, tokens)
         if finished is not None:
-            self._reasoning = finished
+            done = self._spoken_of
+            assert done is not None
+            self._reasoning = finished = replace(
+                finished, agreement=self._agreement(finished.text, done)
+            )
         return finished
+
+    def _agreement(self, text: str, done: Deed) -> bool | None:
+        return agreement(text, self.config.times_s, done.poses, done.speed_mps, done.command)
+
+    def _said_and_done(self, bridge: Bridge, done: Deed) -> bool | None:
+        """Whether the plan's words agree with the plan of the picture they tell of.
+
+        Words are up to two seconds older than the plan that carries them, and are judged by what
+        was planned when they were true. Words from elsewhere are judged by this plan.
+        """
+        said = self._reasoning
+        own = bridge.reasoning_stamp_ns == bridge.stamp_ns
+        if own or said is None or said.stamp_ns != bridge.reasoning_stamp_ns:
+            return self._agreement(bridge.reasoning, done)
+        return said.agreement
 
     def _with_reasoning(self, observation: Observation) -> Observation:
         if self.schedule != 'concurrent':
@@ -382,10 +413,10 @@ class Planner:
         self,
         observation: Observation,
         bridge: Bridge,
-        poses: Float64[np.ndarray, 't 3'],
+        done: Deed,
         stage_ms: StageTimes,
     ) -> Plan:
-        ego, times_s = observation.ego, self.config.times_s
+        ego, times_s, poses = observation.ego, self.config.times_s, done.poses
         route = observation.route
         return Plan(
             plan_id=self._plans,
@@ -403,10 +434,8 @@ class Planner:
             thinking=bridge.thinking,
             reasoning=bridge.reasoning,
             reasoning_stamp_ns=bridge.reasoning_stamp_ns,
-            decision=str(meta_action(times_s, poses, ego.speed_mps, observation.command)),
-            agreement=agreement(
-                bridge.reasoning, times_s, poses, ego.speed_mps, observation.command
-            ),
+            decision=str(meta_action(times_s, poses, done.speed_mps, done.command)),
+            agreement=self._said_and_done(bridge, done),
             history=tuple((x, y, yaw) for x, y, yaw in observation.history.tolist()),
             history_valid=tuple(observation.history_valid.tolist()),
             route=None if route is None else tuple((x, y) for x, y in route.tolist()),

@@ -36,12 +36,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A finished reasoning; `text` is empty where the model chose fast thinking."""
+    """A finished reasoning; `text` is empty where the model chose fast thinking.
+
+    `agreement`: whether its decision is that of the plan made from the same picture; None where
+    it names none, or before that was asked.
+    """
 
     stamp_ns: int
     text: str
     thinking: str
     tokens: int
+    agreement: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from spanvla_ros import __version__
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.town.driver import BlindRouteFollower, ConstantVelocity
 from spanvla_ros.town.scenarios import FAMILIES, HELD_OUT_SEED, MIX, ranges_sha256
-from spanvla_ros.training import closed_loop, open_loop
+from spanvla_ros.training import closed_loop, open_loop, words
 from spanvla_ros.training.bridge_check import swapped_layers
 from spanvla_ros.training.closed_loop import MODEL, REFERENCES, TWIN, Episode, EpisodeBook
 from spanvla_ros.training.contestants import (
@@ -36,7 +36,7 @@ from spanvla_ros.training.contestants import (
     open_planner,
 )
 from spanvla_ros.training.data.scenes import MANIFEST
-from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.data.shards import ShardSet, TrainingRow
 from spanvla_ros.training.evaluation_page import write_evaluation_page
 from spanvla_ros.training.intervals import NOTHING, Estimate
 from spanvla_ros.training.open_loop import OpenLoop
@@ -45,6 +45,7 @@ from spanvla_ros.types import SpanvlaError
 CHUNK = 20
 MIRRORED_ROWS = 200
 SWAPPED_ROWS = 60
+SPOKEN_ROWS = 200
 EPISODES_FILE = 'episodes.jsonl'
 SCHEMA_VERSION = 1
 
@@ -141,7 +142,10 @@ def evaluate(wanted: Evaluation) -> Content:
         'open_loop': _open_loop(loops, shards, chosen, config),
         'hazard_pairs': {name: _nested(open_loop.pair_measures(x)) for name, x in loops.items()},
         'mirror': _mirror(wanted, shards, loops[MODEL]),
-        'bridge': _nested(swapped_layers(wanted.model, shards.rows(_spread(shards, chosen)))),
+        'bridge': _nested(
+            swapped_layers(wanted.model, shards.rows(_spread(shards, chosen, SWAPPED_ROWS)))
+        ),
+        'words': _words(wanted, shards.rows(_spread(shards, chosen, SPOKEN_ROWS))),
     }
     if wanted.twin is not None:
         alone = ~_paired(loops[MODEL])
@@ -300,9 +304,15 @@ def _paired(loop: OpenLoop) -> np.ndarray:
     return np.array([bool(name) for name in loop.pair_ids])
 
 
-def _spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+def _words(wanted: Evaluation, rows: Sequence[TrainingRow]) -> Content:
+    """Words against deeds, for a model that thinks beside its plans."""
+    planner = open_planner(wanted.model)
+    return _flat(words.measures(planner, rows)) if planner.schedule == 'concurrent' else {}
+
+
+def _spread(shards: ShardSet, chosen: np.ndarray, wanted: int) -> np.ndarray:
     alone = chosen[[not shards.pair_ids[i] for i in chosen]]
-    count = min(SWAPPED_ROWS, len(alone))
+    count = min(wanted, len(alone))
     return alone[np.linspace(0, len(alone) - 1, count).astype(int)]
 
 

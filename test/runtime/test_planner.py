@@ -157,6 +157,25 @@ def test_concurrent_reasoning_enters_the_next_prompts_and_expires(toy):
     assert planner.meter.slow_share == 1.0
 
 
+def test_words_are_held_against_the_plan_of_the_picture_they_tell_of(toy, monkeypatch):
+    def fast_enough(text, times_s, poses, speed_mps, command):
+        return speed_mps > 4.0 if text else None
+
+    monkeypatch.setattr('spanvla_ros.runtime.planner.agreement', fast_enough)
+    planner = planner_of(toy, 'concurrent')
+    planner.plan(observation(10.0, speed=8.0))
+    while planner.reasoning is None:
+        planner.reason_slice(float('inf'), tokens=4)
+    later = planner.plan(observation(10.2, speed=1.0))
+    assert later.reasoning == WORDS
+    assert later.agreement is planner.reasoning.agreement is True
+    # Words from a record have no plan of their own picture at hand.
+    again = planner_of(toy, 'concurrent').plan(
+        replace(observation(10.2, speed=1.0), reasoning='x')
+    )
+    assert again.agreement is False
+
+
 def test_a_slice_makes_progress_and_respects_its_budget(toy):
     planner = planner_of(toy, 'concurrent')
     planner.plan(observation())
