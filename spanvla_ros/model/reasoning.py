@@ -90,16 +90,21 @@ def meta_action(
         speed_mps: present speed.
         command: with `left` or `right` a turn that has only begun counts as one.
     """
-    times_s = np.concatenate([[0.0], times_s])
-    poses = np.concatenate([np.zeros((1, 3)), poses])
-    return Decision(
-        _longitudinal(times_s, poses, speed_mps),
-        _lateral(poses, command),
-    )
+    along, way = _with_present(times_s, poses)
+    return Decision(_longitudinal(along, way, speed_mps), _lateral(way, command))
+
+
+def _with_present(
+    times_s: Float64[np.ndarray, 't'], poses: Float64[np.ndarray, 't 3']
+) -> tuple[Float64[np.ndarray, ' n'], Float64[np.ndarray, 'n 3']]:
+    return np.concatenate([[0.0], times_s]), np.concatenate([np.zeros((1, 3)), poses])
 
 
 def _longitudinal(
-    times_s: Float64[np.ndarray, 't'], poses: Float64[np.ndarray, 't 3'], speed_mps: float
+    times_s: Float64[np.ndarray, 't'],
+    poses: Float64[np.ndarray, 't 3'],
+    speed_mps: float,
+    stop_mps: float = STOP_SPEED_MPS,
 ) -> str:
     windows = max(1, round(float(times_s[-1]) / SPEED_WINDOW_S))
     grid_s = np.linspace(0.0, times_s[-1], windows + 1)
@@ -108,7 +113,7 @@ def _longitudinal(
     yaw = sampled[:-1, 2]
     speeds = (np.cos(yaw) * step[:, 0] + np.sin(yaw) * step[:, 1]) / np.diff(grid_s)
     final = float(speeds[-1])
-    if final < STOP_SPEED_MPS:
+    if final < stop_mps:
         return 'stop'
     change = final - speed_mps
     if change < -SPEED_DEAD_BAND_MPS or speed_mps - float(speeds.min()) > SPEED_DIP_MPS:
@@ -190,18 +195,23 @@ def agreement(
 ) -> bool | None:
     """Whether words and trajectory agree in both parts of the decision; None without a decision.
 
-    Neighbouring longitudinal words agree where the trajectory lies within half a dead band of
-    the border, so that a plan on a threshold does not flicker: that is, the words are compared
-    with the decisions at a present speed 0.4 m/s lower and higher, too.
+    Neighbouring words agree where the trajectory lies close to the border between them, so that
+    a plan on a threshold does not flicker: the words are also compared with the decisions at a
+    present speed half a dead band lower and higher, with a final speed within a factor of two of
+    a stop's, and for a way that bends a third less or more.
     """
     said = parse_decision(text)
     if said is None:
         return None
+    along, way = _with_present(times_s, poses)
     slack = 0.5 * SPEED_DEAD_BAND_MPS
-    return any(
-        said == meta_action(times_s, poses, speed_mps + shift, command)
+    longitudinal = {
+        _longitudinal(along, way, speed_mps + shift, STOP_SPEED_MPS * factor)
         for shift in (0.0, -slack, slack)
-    )
+        for factor in (0.5, 1.0, 2.0)
+    }
+    lateral = {_lateral(way * [1.0, bend, bend], command) for bend in (0.75, 1.0, 1.33)}
+    return said.longitudinal in longitudinal and said.lateral in lateral
 
 
 def mirrored(text: str) -> str:

@@ -142,6 +142,31 @@ def test_agreement_compares_words_with_motion():
     assert agreement('x ; decelerate , keep lane ; y', TIMES, edge, 8.0) is True
 
 
+@pytest.mark.parametrize(
+    ('turn_rad', 'words', 'agrees'),
+    [
+        # The border between keeping the lane and a turn stands at 0.52 rad.
+        (0.45, 'turn left', True),
+        (0.45, 'keep lane', True),
+        (0.36, 'turn left', False),
+        (0.60, 'keep lane', True),
+        (0.75, 'keep lane', False),
+        (0.45, 'turn right', False),
+    ],
+)
+def test_words_beside_a_border_agree_with_both_sides(turn_rad, words, agrees):
+    way = driven(6.0, curvature=turn_rad / 30.0)
+    assert agreement(f'x ; maintain , {words} ; y', TIMES, way, 6.0) is agrees
+
+
+@pytest.mark.parametrize(('final_mps', 'stop', 'slow'), [(0.8, True, True), (1.4, False, True)])
+def test_a_crawl_is_nearly_a_stop(final_mps, stop, slow):
+    # The speed over the last half second is that at its middle.
+    way = driven(6.0, (final_mps - 6.0) / (TIMES[-1] - 0.25))
+    assert agreement('x ; stop , keep lane ; y', TIMES, way, 6.0) is stop
+    assert agreement('x ; decelerate , keep lane ; y', TIMES, way, 6.0) is slow
+
+
 def test_words_outside_the_grammar_are_refused():
     with pytest.raises(ValueError, match='grammar'):
         Component('ufo', 1.0, 'ahead')
