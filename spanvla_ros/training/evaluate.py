@@ -36,12 +36,23 @@ from spanvla_ros.training.contestants import (
     open_planner,
 )
 from spanvla_ros.training.data.scenes import MANIFEST
+from spanvla_ros.training.data.scoring_rows import unpack_scene
 from spanvla_ros.training.data.shards import ShardSet, TrainingRow
 from spanvla_ros.training.evaluation_page import write_evaluation_page
 from spanvla_ros.training.intervals import NOTHING, Estimate
 from spanvla_ros.training.open_loop import OpenLoop
+from spanvla_ros.training.plan_scores import (
+    SCORED_WITH,
+    Table,
+    score_differences,
+    score_measures,
+    score_plans,
+)
+from spanvla_ros.training.worst_clips import Clip
 from spanvla_ros.types import SpanvlaError
 
+REFERENCE = 'reference_driver'
+WORST_CLIPS = 12
 CHUNK = 20
 MIRRORED_ROWS = 200
 SWAPPED_ROWS = 60
@@ -136,10 +147,14 @@ def evaluate(wanted: Evaluation) -> Content:
     loops = {MODEL: _planned(wanted, wanted.model, shards, chosen)}
     if wanted.twin is not None:
         loops[TWIN] = _planned(wanted, wanted.twin, shards, chosen)
+    alone = ~_paired(loops[MODEL])
+    every = {name: loop.chosen(alone) for name, loop in loops.items()}
+    every |= _simple_drivers(shards, chosen[alone], config)
+    tables = _scored(wanted, shards, chosen[alone], every)
     summary: Content = {
         'schema_version': SCHEMA_VERSION,
-        **dict.fromkeys(('pdms', 'epdms'), NOTHING.content()),
-        'open_loop': _open_loop(loops, shards, chosen, config),
+        'open_loop': {name: _families(loop, tables.get(name)) for name, loop in every.items()},
+        **_score_differences(tables, every[MODEL].drives),
         'hazard_pairs': {name: _nested(open_loop.pair_measures(x)) for name, x in loops.items()},
         'mirror': _mirror(wanted, shards, loops[MODEL]),
         'bridge': _nested(
@@ -148,15 +163,17 @@ def evaluate(wanted: Evaluation) -> Content:
         'words': _words(wanted, shards.rows(_spread(shards, chosen, SPOKEN_ROWS))),
     }
     if wanted.twin is not None:
-        alone = ~_paired(loops[MODEL])
         summary['open_loop_twin_minus_model'] = _flat(
-            open_loop.differences(loops[MODEL].chosen(alone), loops[TWIN].chosen(alone))
+            open_loop.differences(every[MODEL], every[TWIN])
         )
     summary.update(_closed_loop(wanted, config))
     summary['stamp'] = stamp(wanted, shards, chosen)
+    if tables:
+        summary['stamp']['scored_with'] = SCORED_WITH
     summary = {**_top(summary), **summary}
+    worst = _worst(shards, chosen[alone], every[MODEL], tables[MODEL]) if tables else []
     _write_json(wanted.out / 'summary.json', summary)
-    write_evaluation_page(wanted.out / 'index.html', summary, headline(summary))
+    write_evaluation_page(wanted.out / 'index.html', summary, headline(summary), worst)
     return summary
 
 
@@ -214,7 +231,12 @@ def stamp(wanted: Evaluation, shards: ShardSet, chosen: np.ndarray) -> Content:
 
 def headline(summary: Content) -> str:
     """One line of the numbers that matter most."""
-    parts = [f'ADE {_span(summary["ade_m"])} m', f'FDE {_span(summary["fde_m"])} m']
+    parts = [
+        f'{name.upper()} {_span(summary[name])}'
+        for name in ('pdms', 'epdms')
+        if summary[name]['mean'] is not None
+    ]
+    parts += [f'ADE {_span(summary["ade_m"])} m', f'FDE {_span(summary["fde_m"])} m']
     for kind, found in summary['hazard_pairs'].get(MODEL, {}).items():
         parts.append(f'{kind} pairs {_span(found["right_way"])}')
     if summary['success_rate']['mean'] is not None:
@@ -265,27 +287,67 @@ def _plans(
     return np.concatenate(found)
 
 
-def _open_loop(
-    loops: dict[str, OpenLoop], shards: ShardSet, chosen: np.ndarray, config: ModelConfig
-) -> Content:
-    """Errors of each driver, over all rows that are no pairs and by family."""
-    alone = ~_paired(loops[MODEL])
-    rows = shards.rows(chosen[alone])
+def _simple_drivers(
+    shards: ShardSet, chosen: np.ndarray, config: ModelConfig
+) -> dict[str, OpenLoop]:
+    """Drivers without a model: those that see nothing, and the reference as the ceiling."""
+    rows = shards.rows(chosen)
+    planned = {
+        'constant_velocity': open_loop.plan_rows(ConstantVelocity(), config, rows),
+        'blind_route_follower': open_loop.plan_rows(BlindRouteFollower(), config, rows),
+        REFERENCE: shards.futures[chosen],
+    }
+    return {
+        name: open_loop.collect(shards, chosen, config, plans) for name, plans in planned.items()
+    }
+
+
+def _families(loop: OpenLoop, table: Table | None) -> Content:
+    """Errors and scores of a driver over all rows and by family."""
     found: Content = {}
-    for name, driver in (
-        ('constant_velocity', ConstantVelocity()),
-        ('blind_route_follower', BlindRouteFollower()),
-    ):
-        planned = open_loop.plan_rows(driver, config, rows)
-        found[name] = _families(open_loop.collect(shards, chosen[alone], config, planned))
-    return {**{name: _families(loop.chosen(alone)) for name, loop in loops.items()}, **found}
-
-
-def _families(loop: OpenLoop) -> Content:
-    found = {'all': _flat(open_loop.measures(loop))}
-    for family in sorted(set(loop.families)):
-        found[family] = _flat(open_loop.measures(loop.chosen(loop.families == family)))
+    for family in ('all', *sorted(set(loop.families))):
+        keep = np.ones(len(loop.families), bool) if family == 'all' else loop.families == family
+        some = loop.chosen(keep)
+        found[family] = _flat(open_loop.measures(some))
+        if table is not None:
+            part = {name: values[keep] for name, values in table.items()}
+            found[family] |= _flat(score_measures(part, some.drives))
     return found
+
+
+def _scored(
+    wanted: Evaluation, shards: ShardSet, rows: np.ndarray, loops: Mapping[str, OpenLoop]
+) -> dict[str, Table]:
+    """Scores of every driver, or nothing where a row lacks its scoring row."""
+    if not len(rows) or not shards.scored[rows].all():
+        return {}
+    times_s = loops[MODEL].times_s
+    plans = {name: loop.planned for name, loop in loops.items()}
+    hz = round(1.0 / (times_s[1] - times_s[0]))
+    return score_plans(wanted.scenes, rows, plans, hz, wanted.workers)
+
+
+def _score_differences(tables: Mapping[str, Table], drives: Sequence[str]) -> Content:
+    others = [name for name in tables if name != MODEL]
+    if not others:
+        return {}
+    return {
+        'scores_model_minus': {
+            name: _flat(score_differences(tables[MODEL], tables[name], drives)) for name in others
+        }
+    }
+
+
+def _worst(shards: ShardSet, rows: np.ndarray, loop: OpenLoop, table: Table) -> list[Clip]:
+    """The clips of lowest EPDMS, the farthest from the reference first among equals."""
+    away = open_loop.displacement_m(loop).mean(axis=1)
+    order = np.lexsort((-away, table['epdms']))[:WORST_CLIPS]
+    clips = []
+    for at, row in zip(order.tolist(), shards.rows(rows[order]), strict=True):
+        scores = {name: float(values[at]) for name, values in table.items()}
+        scene = unpack_scene(row.scoring)
+        clips.append(Clip(row.sample, scene, loop.planned[at], loop.reference[at], scores))
+    return clips
 
 
 def _mirror(wanted: Evaluation, shards: ShardSet, loop: OpenLoop) -> Content:
@@ -383,6 +445,7 @@ def _top(summary: Content) -> Content:
     driven = summary.get('closed_loop', {}).get(MODEL, {}).get('all', {})
     nothing = NOTHING.content()
     return {
+        **{name: errors.get(name, nothing) for name in ('pdms', 'epdms')},
         'ade_m': errors['ade_m'],
         'fde_m': errors['fde_m'],
         **{

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spanvla_ros.report import page
+from spanvla_ros.training.worst_clips import Clip, clips_section
 
 UNITS = {'_m': 'm', '_mps': 'm/s', '_per_km': '/km'}
 TITLES = {
@@ -22,8 +23,10 @@ DRAWN_NOTE = (
 )
 
 
-def write_evaluation_page(path: Path, summary: Mapping[str, Any], line: str) -> None:
-    """Write the page of a summary as `evaluate` makes it."""
+def write_evaluation_page(
+    path: Path, summary: Mapping[str, Any], line: str, worst: Sequence[Clip] = ()
+) -> None:
+    """Write the page of a summary as `evaluate` makes it, with the worst clips if any."""
     stamp = summary['stamp']
     fragments = [
         page.headline(f'Evaluation of {stamp["model"]}', line, _facts(summary)),
@@ -46,6 +49,14 @@ def write_evaluation_page(path: Path, summary: Mapping[str, Any], line: str) -> 
             ],
         ),
     ]
+    if 'scores_model_minus' in summary:
+        tables = [
+            page.interval_table(f'model minus {_title(name)}', _rows(found))
+            for name, found in summary['scores_model_minus'].items()
+        ]
+        fragments.append(page.section('Scores, paired on the same moments', *tables))
+    if worst:
+        fragments.append(clips_section(worst))
     if 'closed_loop' in summary:
         fragments.append(page.section('Closed loop', *_drivers(summary['closed_loop'])))
     for name in ('open_loop_twin_minus_model', 'closed_loop_twin_minus_model'):
@@ -61,6 +72,8 @@ def write_evaluation_page(path: Path, summary: Mapping[str, Any], line: str) -> 
 
 def _facts(summary: Mapping[str, Any]) -> list[page.Fact]:
     wanted = (
+        ('pdms', 'PDMS', ''),
+        ('epdms', 'EPDMS', ''),
         ('ade_m', 'ADE', 'm'),
         ('fde_m', 'FDE', 'm'),
         ('success_rate', 'success', ''),
@@ -93,7 +106,7 @@ def _drivers(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]
     return fragments
 
 
-MAIN = ('ade_m', 'success_rate', 'collision_rate', 'route_completion')
+MAIN = ('pdms', 'epdms', 'ade_m', 'success_rate', 'collision_rate', 'route_completion')
 
 
 def _rows(measures: Mapping[str, Any]) -> list[page.Interval]:

@@ -15,8 +15,9 @@ from spanvla_ros.training.bridge_check import swapped_layers
 from spanvla_ros.training.closed_loop import Episode, EpisodeBook
 from spanvla_ros.training.contestants import Contestant, is_blind, open_planner
 from spanvla_ros.training.data.scenes import SceneRequest, draw_scenes
-from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.data.shards import ShardSet, write_shard
 from spanvla_ros.training.evaluate import choose_rows
+from spanvla_ros.training.intervals import NOTHING
 
 EPISODE = Episode(
     driver='model',
@@ -41,7 +42,7 @@ EPISODE = Episode(
 def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp('held_out')
     families = ('lane_keeping',)
-    draw_scenes(SceneRequest(8, 1_000_000, 1, families, Ranges(), ModelConfig()), out)
+    draw_scenes(SceneRequest(8, 1_000_000, 1, families, Ranges(), ModelConfig(), scored=True), out)
     return out
 
 
@@ -68,7 +69,6 @@ def test_the_summary_holds_every_number_with_its_interval(model, scenes, tmp_pat
     ):  # fmt: skip
         assert {'mean', 'low', 'high'} <= set(summary[name]), name
     assert summary['ade_m']['low'] <= summary['ade_m']['mean'] <= summary['ade_m']['high']
-    assert summary['pdms']['mean'] is None
     assert set(summary['closed_loop']) == {
         'model', 'twin', 'constant_velocity', 'blind_route_follower', 'reference_driver',
     }  # fmt: skip
@@ -93,6 +93,24 @@ def test_the_same_model_and_scenes_give_the_same_summary(model, scenes, tmp_path
     assert first == second
     assert first['stamp']['schedule'] == 'off'
     assert first['success_rate']['mean'] is None
+    for name in ('pdms', 'epdms'):
+        assert 0.0 <= first[name]['low'] <= first[name]['mean'] <= first[name]['high'] <= 100.0
+        assert first['open_loop']['reference_driver']['all'][name]['mean'] > 90.0
+    assert first['stamp']['scored_with']['reference'] == 'pdm_closed'
+    against = first['scores_model_minus']['constant_velocity']['pdms']
+    means = [first['open_loop'][n]['all']['pdms']['mean'] for n in ('model', 'constant_velocity')]
+    assert against['mean'] == pytest.approx(means[0] - means[1])
+    assert 'Worst clips' in (tmp_path / 'a/index.html').read_text()
+
+
+def test_a_set_without_scoring_rows_has_no_scores(model, scenes, tmp_path):
+    rows = [replace(row, scoring=b'') for row in ShardSet(scenes).rows(range(4))]
+    (tmp_path / 'old').mkdir()
+    write_shard(tmp_path / 'old/scenes-0.parquet', rows)
+    _, summary = measured(model, tmp_path / 'old', tmp_path / 'out', '--schedule', 'off')
+    assert summary['pdms'] == summary['epdms'] == NOTHING.content()
+    assert 'scores_model_minus' not in summary
+    assert 'pdms' not in summary['open_loop']['model']['all']
 
 
 def test_limited_rows_keep_pairs_whole(scenes):

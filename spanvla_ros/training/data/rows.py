@@ -14,8 +14,9 @@ from spanvla_ros.model.reasoning import MAX_COMPONENTS, Component, write_reasoni
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.driver import STEP_S, ReferencePlan
-from spanvla_ros.town.snapshots import Snapshot, facts
+from spanvla_ros.town.snapshots import Snapshot, facts, labelled_scene
 from spanvla_ros.training.data.labels import needs_thought, presence, visible_facts
+from spanvla_ros.training.data.scoring_rows import pack_scene
 from spanvla_ros.training.data.shards import TrainingRow
 from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample
 
@@ -26,9 +27,13 @@ TEXT_AGE_S = (0.2, 2.0)
 class RowMaker:
     """Turns snapshots into rows for one model's cameras, history and horizon."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Draw for the cameras of `config`, one frame each: a snapshot has no earlier pictures."""
+    def __init__(self, config: ModelConfig, *, scored: bool = False) -> None:
+        """Draw for the cameras of `config`, one frame each: a snapshot has no earlier pictures.
+
+        With `scored` each row holds its scoring row.
+        """
         self.config = config
+        self.scored = scored
         self.renderer = Renderer(config.cameras)
         per_waypoint = config.horizon_s / config.waypoints / STEP_S
         self._future = np.rint(per_waypoint * np.arange(1, config.waypoints + 1)).astype(int) - 1
@@ -72,7 +77,8 @@ class RowMaker:
             reasoning=write_reasoning(plan.components, plan.decision) if slow else '',
             thinking='slow' if slow else 'fast',
         )
-        return TrainingRow(sample, shown, visible_facts(facts(snapshot.world), shown))
+        scoring = pack_scene(labelled_scene(snapshot)) if self.scored else b''
+        return TrainingRow(sample, shown, visible_facts(facts(snapshot.world), shown), scoring)
 
 
 def observe(config: ModelConfig, snapshot: Snapshot, images: np.ndarray) -> Observation:

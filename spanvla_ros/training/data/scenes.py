@@ -90,6 +90,7 @@ class SceneRequest:
     ranges: Ranges
     config: ModelConfig
     driver: Path | None = None
+    scored: bool = False
 
     @property
     def held_out(self) -> bool:
@@ -129,6 +130,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--driver', type=Path, help='model directory; moments come from its own drives'
     )
+    parser.add_argument(
+        '--scored',
+        action='store_true',
+        help='write scoring rows, which PDMS and GRPO need; held-out sets always have them',
+    )
     parser.add_argument('--workers', type=int, default=min(2, os.cpu_count() or 1))
 
 
@@ -142,6 +148,7 @@ def run(options: argparse.Namespace) -> int:
         ranges=load_ranges(options.ranges),
         config=ModelConfig() if options.model is None else load_config(options.model),
         driver=options.driver,
+        scored=options.scored or options.seed >= HELD_OUT_SEED,
     )
     draw_scenes(request, options.out, workers=options.workers)
     return 0
@@ -194,7 +201,7 @@ def draw_shard(job: ShardJob) -> int:
 
 def _moment_rows(job: ShardJob) -> Iterator[TrainingRow]:
     request = job.request
-    maker = RowMaker(request.config)
+    maker = RowMaker(request.config, scored=request.scored)
     rng = np.random.default_rng([request.seed, job.number, 3])
     families = request.families
     shares = np.array([(ROLLOUT_SHARES if request.driver else SHARES)[f] for f in families])
@@ -232,7 +239,7 @@ def _moments(request: SceneRequest, family: str, seed: int) -> list[Snapshot]:
 
 def _pair_rows(job: ShardJob) -> Iterator[TrainingRow]:
     request = job.request
-    maker = RowMaker(request.config)
+    maker = RowMaker(request.config, scored=request.scored)
     rng = np.random.default_rng([request.seed, job.number, 5])
     block = job.number * len(PAIR_KINDS) + PAIR_KINDS.index(job.kind)
     seed = request.seed + PAIR_SEED_OFFSET + block * SEEDS_PER_SHARD
@@ -290,6 +297,7 @@ def _check(request: SceneRequest) -> None:
 def _describe(request: SceneRequest) -> dict[str, Any]:
     config = request.config
     return {
+        **({'scored': True} if request.scored else {}),
         'schema_version': _SCHEMA_VERSION,
         'count': request.count,
         'seed': request.seed,

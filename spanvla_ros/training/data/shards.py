@@ -58,11 +58,13 @@ class TrainingRow:
 
     `presence[token, k]` tells whether class `k + 1` of `town.elements.CLASSES` shows in the cell
     of a visual token, tokens in the order of the prompt. `facts` are named by `FACTS`.
+    `scoring` is the scoring row (`scoring_rows.unpack_scene`), empty where the set has none.
     """
 
     sample: Sample
     presence: Bool[np.ndarray, 'tokens 7']
     facts: Float32[np.ndarray, '14']
+    scoring: bytes = b''
 
 
 def encode_picture(image: UInt8[np.ndarray, 'h w 3']) -> bytes:
@@ -99,8 +101,10 @@ def write_shard(path: str | Path, rows: Sequence[TrainingRow]) -> None:
     seen = [sample.observation for sample in samples]
     # One byte a visual token, a bit a class.
     presence = [np.packbits(row.presence, axis=-1) for row in rows]
+    scored = {'scoring': pa.array([row.scoring or None for row in rows], type=pa.binary())}
     table = pa.table(
         {
+            **(scored if any(row.scoring for row in rows) else {}),
             'scene_id': pa.array([s.scene_id for s in samples]),
             'family': pa.array([s.family for s in samples]),
             'label': pa.array([s.label for s in samples]),
@@ -170,6 +174,7 @@ class ShardSet:
         self.facts = self._numbers('facts')
         self.futures = self._numbers('future').reshape(len(self), -1, 3)
         self.speeds_mps = self._numbers('ego')[:, _EGO_FIELDS.index('speed_mps') - 1]
+        self.scored = np.concatenate([shard.scored for shard in self._shards])
 
     def __len__(self) -> int:
         return self._end[-1]
@@ -185,6 +190,16 @@ class ShardSet:
             shard, row = self._place(int(index))
             found.append(shard.presence(row))
         return np.stack(found)
+
+    def scoring(self, index: int) -> bytes:
+        """The scoring row of a row, empty where it has none."""
+        shard, row = self._place(int(index))
+        return shard.scoring(row)
+
+    def where(self, index: int) -> str:
+        """File and row of a row, for error sentences."""
+        shard, row = self._place(int(index))
+        return f'{shard.file} row {row}'
 
     def _place(self, index: int) -> tuple[_Shard, int]:
         if not 0 <= index < len(self):
@@ -209,6 +224,7 @@ class _Shard:
     """One parquet file in memory."""
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         try:
             table = pq.read_table(file, memory_map=True)
             about = json.loads((table.schema.metadata or {})[b'spanvla'])
@@ -238,6 +254,11 @@ class _Shard:
         self._frame_stamps = columns['frame_stamp_ns'].to_pylist()
         self._jpeg = columns['jpeg'].flatten()
         self._per_row = len(self._jpeg) // max(self._count, 1)
+        # Shards drawn before scoring rows were, and training sets, do without.
+        self._scoring = columns.get('scoring')
+        self.scored = np.zeros(self._count, dtype=bool)
+        if self._scoring is not None:
+            self.scored = self._scoring.is_valid().to_numpy(zero_copy_only=False)
 
     def __len__(self) -> int:
         return self._count
@@ -245,6 +266,12 @@ class _Shard:
     def presence(self, row: int) -> Bool[np.ndarray, 'tokens 7']:
         tokens = self.numbers['presence'][row][:, None]
         return np.unpackbits(tokens, axis=1, count=len(PRESENT_CLASSES)).astype(bool)
+
+    def scoring(self, row: int) -> bytes:
+        if self._scoring is None:
+            return b''
+        data: bytes | None = self._scoring[row].as_py()
+        return data or b''
 
     def row(self, row: int) -> TrainingRow:
         seen = Observation(
@@ -262,7 +289,9 @@ class _Shard:
         text: dict[str, str] = {name: self.texts[name][row] for name in _TEXTS[:6]}
         future = self.numbers['future'][row].reshape(-1, 3).copy()
         sample = Sample(observation=seen, future=future, **text)
-        return TrainingRow(sample, self.presence(row), self.numbers['facts'][row].copy())
+        return TrainingRow(
+            sample, self.presence(row), self.numbers['facts'][row].copy(), self.scoring(row)
+        )
 
     def _route(self, row: int) -> np.ndarray | None:
         route = self._routes[row]
