@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 
+from spanvla_ros.model.action_heads import HEADS
+from spanvla_ros.model.action_tokens import ActionCodebook
+from spanvla_ros.model.config import ModelConfig, with_settings
+from spanvla_ros.model.flow import Normalization
 from spanvla_ros.runtime.backend import open_backend
 from spanvla_ros.runtime.reasoner import Prompt, Reasoner
 
@@ -90,3 +94,24 @@ def test_a_new_start_drops_the_episode_under_way(toy):
     reasoner.advance(float('inf'), tokens=5)
     reasoner.start(prompt_of(toy, 2))
     assert reasoner.advance(float('inf')).stamp_ns == 2
+
+
+@pytest.mark.parametrize(
+    'samples', [20, pytest.param(10_000, marks=pytest.mark.slow)], ids=['few', 'many']
+)
+def test_drawn_answers_hold_no_invalid_one(tmp_path, samples):
+    """The toy would rather say words; drawn at a high temperature it says all actions."""
+    toy = build_toy(tmp_path / 'spoken', with_settings(ModelConfig(), head='tokens'))
+    answer = reasoner_of(toy).without_thought(prompt_of(toy))
+    motions = np.random.default_rng(1).normal(size=(toy.config.action_tokens, 3))
+    normalization = Normalization('history', toy.std, codebook=ActionCodebook(motions))
+    rng, said = np.random.default_rng(0), set()
+    for _ in range(samples):
+        tokens = answer.say(HEADS['tokens'], toy.layout, rng, temperature=3.0)
+        poses = HEADS['tokens'].decode(toy.layout, normalization, tokens)
+        assert len(tokens) == toy.config.waypoints + 1
+        assert np.isfinite(poses).all()
+        said |= set(tokens)
+    assert answer.length == len(toy.layout.encode_answer('', 'fast'))
+    assert said <= {*toy.layout.action_ids.tolist(), toy.layout.turn_end_id}
+    assert len(said) > min(samples, 256)

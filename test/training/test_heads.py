@@ -20,10 +20,15 @@ from spanvla_ros.model.checkpoint import load_model_dir  # noqa: E402
 from spanvla_ros.model.config import ModelConfig  # noqa: E402
 from spanvla_ros.model.policy import load_policy, new_policy, save_policy  # noqa: E402
 from spanvla_ros.runtime.export import export_model  # noqa: E402
+from spanvla_ros.runtime.observations import ObservationBuilder  # noqa: E402
 from spanvla_ros.runtime.planner import Planner  # noqa: E402
 from spanvla_ros.runtime.torch_ import TorchBackend  # noqa: E402
+from spanvla_ros.safety.follower import Follower  # noqa: E402
+from spanvla_ros.safety.state import Guardian  # noqa: E402
+from spanvla_ros.town.camera import Renderer  # noqa: E402
+from spanvla_ros.town.lockstep import run_episode  # noqa: E402
+from spanvla_ros.town.scenarios import make_world  # noqa: E402
 from spanvla_ros.training.batches import make_batch  # noqa: E402
-from spanvla_ros.training.closed_loop import drive  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet  # noqa: E402
 from spanvla_ros.training.loop import fit_targets, start_policy  # noqa: E402
 from spanvla_ros.training.objectives import EXPERT_LOSSES, draw_times, expert_losses  # noqa: E402
@@ -244,14 +249,33 @@ def test_greedy_tokens_are_those_of_one_causal_pass(start, shards):
 @pytest.mark.slow
 @pytest.mark.parametrize('head', sorted(HEADS))
 def test_every_head_drives_in_lockstep(start, shards, head):
-    policy = headed(start, shards, head, **({'answer_tokens': 16} if head == 'text' else {}))
-    planner = planner_of(policy, 'concurrent')
-    episode = drive('model', 'lane_keeping', 1_000_001, planner, policy.config, 1.0, 0.1)
-    assert sum(dict(episode.states).values()) > 10
+    policy = headed(start, shards, head)
+    world = make_world('lane_keeping', 1_000_001)
+    world.around = replace(world.around, time_limit_s=3.0)
+    result = run_episode(
+        world,
+        planner_of(policy, 'concurrent'),
+        ObservationBuilder(policy.config),
+        Guardian(world.vehicle),
+        Follower(world.vehicle),
+        Renderer(policy.config.cameras),
+        plan_period_s=0.5,
+        keep_plans=True,
+    )
+    if head == 'text':
+        # Untaught words: no plan reaches the guardian, and it stops the car.
+        assert not result.plans
+        assert len(result.refusals) == 6
+        assert 'no plan is made of it' in result.refusals[0]
+        assert result.trace[-1].state == 'FALLBACK'
+    else:
+        assert len(result.plans) == 6
+        assert not result.refusals
+        assert all(np.isfinite(plan.trajectory.poses).all() for plan in result.plans)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('head', ['l1', 'diffusion', 'parallel', 'tokens'])
+@pytest.mark.parametrize('head', ['diffusion', 'tokens'])
 def test_the_graphs_of_a_head_plan_as_torch_does(start, shards, tmp_path, head):
     policy = headed(start, shards, head)
     with torch.no_grad():
@@ -265,23 +289,6 @@ def test_the_graphs_of_a_head_plan_as_torch_does(start, shards, tmp_path, head):
         plans.append(plan_rows(planner, planner.config, rows))
     assert np.abs(plans[0] - plans[1]).max() < 1e-3
     assert np.abs(plans[0][0] - plans[0][1]).max() > 0.1
-
-
-@pytest.mark.slow
-def test_ten_thousand_drawn_answers_hold_no_invalid_one(start, shards):
-    policy = headed(start, shards, 'tokens')
-    planner = planner_of(policy)
-    planner.plan(seen_of(random_rows(1, 5)[0]))
-    answer, head = planner._bridge.answer, HEADS['tokens']
-    rng = np.random.default_rng(0)
-    used = set()
-    for _ in range(10_000):
-        said = answer.say(head, policy.layout, rng, temperature=2.0)
-        poses = head.decode(policy.layout, policy.normalization, said)
-        assert len(said) == 11
-        assert np.isfinite(poses).all()
-        used |= set(said)
-    assert len(used) > 200
 
 
 def test_a_malformed_answer_yields_no_plan_but_a_reason(start, shards):
