@@ -116,6 +116,8 @@ setup(
                     'recorder',
                     'town',
                     'carla',
+                    'autoware',
+                    'bridge',
                     'replay',
                 )
             ),

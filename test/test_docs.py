@@ -113,7 +113,8 @@ def parameters() -> dict[str, object]:
 def test_parameters_and_defaults_are_those_of_the_file(page):
     known = parameters()
     rows = re.findall(
-        r'^\| `((?:planner|guardian|follower|recorder|town|carla|replay)\.\w+)` \| ([^|]*) \|',
+        r'^\| `((?:planner|guardian|follower|recorder|town|carla|bridge|replay)\.\w+)` '
+        r'\| ([^|]*) \|',
         page.read_text(encoding='utf-8'),
         re.M,
     )

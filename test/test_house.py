@@ -126,6 +126,7 @@ def test_every_console_script_has_its_function(setup_arguments):
         'town_node',
         'carla_node',
         'autoware_node',
+        'bridge_node',
         'replay_node',
     }
     for script in scripts:

@@ -234,3 +234,17 @@ class ReplaySettings:
     at_end: str = setting(
         'exit', 'after the last message; stay keeps latched topics', choices=('exit', 'stay')
     )
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """Parameters of the bridge node, the stand-in for CARLA."""
+
+    map: str = setting('', 'OpenDRIVE map, such as Town01.xodr')
+    seed: int = setting(0, 'seed of route and traffic', low=0, high=2**31 - 1)
+    route_m: float = setting(250.0, 'length of the route', low=20.0, high=5000.0)
+    role_name: str = setting('ego_vehicle', 'role name of the ego vehicle')
+    control: str = setting(
+        'twist', 'control message; carla needs carla_msgs', choices=('twist', 'carla')
+    )
+    vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')

@@ -12,6 +12,7 @@ objects with the same attributes.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,16 @@ class StandIn:
         steering_rad = -float(message.steer) * car.full_lock_rad
         self._command = DriveCommand(speed_mps, 0.0, accel, steering_rad)
 
+    def apply_twist(self, message: Any) -> None:
+        """Take a `geometry_msgs/Twist`, for graphs without CARLA's messages."""
+        ego, wheelbase_m = self.world.ego, self.world.vehicle.wheelbase_m
+        speed_mps, turning = float(message.linear.x), float(message.angular.z)
+        curvature = turning / max(speed_mps, ego.speed_mps, 0.1)
+        accel = (speed_mps - ego.speed_mps) / SPEED_RESPONSE_S
+        self._command = DriveCommand(
+            max(speed_mps, 0.0), turning, accel, math.atan(wheelbase_m * curvature)
+        )
+
     def _braking(self) -> DriveCommand:
         return DriveCommand(0.0, 0.0, -self.car.full_brake_mps2, 0.0, braking=True)
 
@@ -160,7 +171,11 @@ class StandIn:
             image.encoding, image.step = 'bgra8', 4 * camera.width_px
             opaque = np.full((*picture.shape[:2], 1), 255, np.uint8)
             pixels = np.concatenate([picture[:, :, ::-1], opaque], axis=2)
-            image.data = np.ascontiguousarray(pixels).reshape(-1)
+            if isinstance(image.data, array):
+                # rclpy's own kind of array; anything else it would copy byte by byte.
+                image.data.frombytes(pixels.tobytes())
+            else:
+                image.data = np.ascontiguousarray(pixels).reshape(-1)
             found += [
                 self._topic(f'{camera.name}/camera_info', 'sensor_msgs/msg/CameraInfo', info),
                 self._topic(f'{camera.name}/image', 'sensor_msgs/msg/Image', image),

@@ -14,7 +14,7 @@ from spanvla_ros.ros.parameters import PlannerSettings, TownSettings, declare
 from spanvla_ros.types import SpanvlaError
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = ('planner', 'guardian', 'follower', 'recorder', 'town', 'carla', 'replay')
+NODES = ('planner', 'guardian', 'follower', 'recorder', 'town', 'carla', 'bridge', 'replay')
 
 
 def settings_of(node: str) -> type:
