@@ -85,7 +85,7 @@ def test_a_route_keeps_to_the_right_of_its_road(found):
 
 @pytest.fixture
 def stand_in(found):
-    world = route_world(found, paint_map(found, Paint()), 3, 100.0, Vehicle())
+    world = route_world(found, paint_map(found, Paint()), 3, 60.0, Vehicle())
     world.cars.clear()
     return StandIn(world, TOWN_CAMERAS, empty)
 
@@ -167,6 +167,7 @@ def test_a_wheel_connected_the_wrong_way_leaves_the_lane(stand_in):
     pytest.fail('still in its lane')
 
 
+@pytest.mark.slow
 def test_a_driver_without_eyes_hits_the_car_that_stops(three_roads, tmp_path, capsys):
     words = [str(three_roads), '--driver', 'blind', '--routes', '1', '--metres', '100']
     assert main([*words, '--out', str(tmp_path)]) == 0
