@@ -104,7 +104,7 @@ COMMANDS = {
     'doctor': Command(
         'spanvla_ros.doctor.command',
         'name what is missing or mis-set, each with the line that mends it',
-        ('spanvla doctor', 'spanvla doctor --json'),
+        ('spanvla doctor --json', 'spanvla doctor --bag my_bag'),
     ),
 }
 

@@ -4,23 +4,62 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 
+from spanvla_ros.doctor.cameras import check_cameras
 from spanvla_ros.doctor.findings import BLOCK, SEVERITIES, Finding, sorted_findings
 from spanvla_ros.doctor.machine import check_machine
+from spanvla_ros.doctor.odometry import check_odometry
+from spanvla_ros.doctor.rig import Rig, empty_rig, gather
+from spanvla_ros.doctor.streams import check_streams
+from spanvla_ros.model.checkpoint import shipped_model_dir
+from spanvla_ros.model.config import CameraSpec, load_config
+from spanvla_ros.replay.bag import open_bag
+from spanvla_ros.replay.observed import messages_of, topics_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `spanvla doctor`."""
+    parser.add_argument('--bag', default='', help='a recorded drive: folder, .mcap, .db3, .bag')
     parser.add_argument('--model', default='', help='model directory; default: the shipped one')
     parser.add_argument('--json', action='store_true', help='print {"findings": [...]} instead')
 
 
 def run(options: argparse.Namespace) -> int:
     """Look at everything that is there; 1 if a finding blocks, else 0."""
-    findings = sorted_findings(check_machine(options.model))
+    findings = check_machine(options.model)
+    if options.bag:
+        findings += check_rig(rig_of_bag(options.bag, cameras_of(options.model)))
+    findings = sorted_findings(findings)
     say(findings, as_json=options.json)
     return 1 if any(finding.severity == BLOCK for finding in findings) else 0
+
+
+def cameras_of(model: str) -> tuple[CameraSpec, ...]:
+    """The cameras a model wants, in its order."""
+    return load_config(model or shipped_model_dir()).cameras
+
+
+def rig_of_bag(bag: str, specs: tuple[CameraSpec, ...]) -> Rig:
+    """Everything the checks look at, out of a bag.
+
+    Raises:
+        SpanvlaError: no such bag.
+    """
+    with open_bag(bag) as reader:
+        rig = empty_rig(topics_of(reader), specs)
+        wanted = frozenset(name for name in rig.streams)
+        return gather(rig, messages_of(reader, wanted), reader.duration * 1e-9)
+
+
+def check_rig(rig: Rig) -> list[Finding]:
+    """All that topics, odometry and pictures tell."""
+    return [
+        *check_streams(rig, os.environ),
+        *check_odometry(rig),
+        *check_cameras(rig),
+    ]
 
 
 def say(findings: list[Finding], *, as_json: bool) -> None:

@@ -116,7 +116,7 @@ MACHINE = {
     ),
     'dds_profile_unset': Advice(
         INFO,
-        'no Fast DDS profile (launch files set one): raw pictures above 0.4 MB would be lost',
+        'no Fast DDS profile: most raw pictures above 0.4 MB would be lost (launch files set one)',
         'export FASTDDS_DEFAULT_PROFILES_FILE={profile}',
     ),
     'dds_profile_missing': Advice(
@@ -170,4 +170,198 @@ MACHINE = {
     ),
 }  # fmt: skip
 
-CATALOG: dict[str, Advice] = {**MACHINE}
+RIG = {
+    'camera_missing': Advice(
+        BLOCK,
+        'no camera topic: a planner needs pictures',
+        'record or start the camera of the model that comes first, raw or compressed',
+    ),
+    'odometry_missing': Advice(
+        BLOCK, 'no odometry topic', 'record or start one: nav_msgs/Odometry at 20 Hz or more'
+    ),
+    'odometry_several': Advice(
+        INFO, 'more than one odometry topic', 'name the one meant: odometry:={topic}'
+    ),
+    'route_missing': Advice(
+        INFO,
+        'no route topic: plans are DEGRADED and the path check is off',
+        'publish nav_msgs/Path, latched: route:=TOPIC',
+    ),
+    'topic_silent': Advice(
+        WARN, 'a topic is announced, but nothing comes', 'see whether its driver runs, and its QoS'
+    ),
+    'message_refused': Advice(
+        BLOCK, 'messages contradict themselves and are refused', 'mend the publisher as it says'
+    ),
+    'stamps_zero': Advice(
+        BLOCK, 'stamps are zero', 'let the driver stamp with the time of exposure or measurement'
+    ),
+    'stamps_order': Advice(
+        WARN,
+        'stamps run backwards; older messages are dropped',
+        'use one publisher and one clock a topic; stamp at the source, not in two threads',
+    ),
+    'stamps_repeat': Advice(
+        WARN, 'stamps repeat', 'stamp each message anew, publish each measurement once'
+    ),
+    'rate_low': Advice(
+        WARN, 'messages come rarely', 'raise the rate of the driver to {hz} Hz or more'
+    ),
+    'messages_lost': Advice(
+        WARN,
+        'messages are missing between the others',
+        'larger shared memory (config/fastdds_shm.xml), compressed pictures, or a lower rate',
+    ),
+    'clock_skew': Advice(
+        WARN,
+        'the clock of a camera and that of the odometry disagree',
+        'synchronize the machines (chrony or PTP), or stamp in the driver with the ROS clock',
+    ),
+    'clock_far': Advice(
+        WARN,
+        'stamps lie far from the clock of this machine',
+        'synchronize the machines (chrony or PTP); for a bag: ros2 bag play --clock '
+        'and use_sim_time:=true',
+    ),
+    'sim_time': Advice(
+        INFO,
+        'the bag was recorded with simulated time',
+        'ros2 bag play --clock, and use_sim_time:=true for all nodes',
+    ),
+    'qos_route': Advice(
+        BLOCK,
+        'the route is offered best effort: the nodes, which ask for reliable, never get it',
+        'publish the route reliable and transient local',
+    ),
+    'route_not_latched': Advice(
+        WARN,
+        'the route comes once and is not latched: a node that starts later never gets it',
+        'publish the route transient local, or repeat it each second',
+    ),
+    'qos_mismatch': Advice(
+        BLOCK,
+        'a subscription asks for more than any publisher offers, so nothing arrives',
+        'change the QoS of the publisher, or qos_overrides of the subscriber',
+    ),
+    'picture_size_shm': Advice(
+        WARN,
+        'raw pictures are larger than what shared memory carries: most are lost without a word',
+        'export FASTDDS_DEFAULT_PROFILES_FILE={profile} for the nodes and the camera drivers',
+    ),
+    'output_frame': Advice(
+        INFO, 'the odometry is in another frame than the default odom', 'output_frame:={frame}'
+    ),
+    'child_frame': Advice(
+        INFO,
+        'the odometry is not named as that of base_link',
+        'see that its origin is the rear axle on the ground; CARLA uses the middle of the vehicle',
+    ),
+    'route_frame': Advice(
+        WARN,
+        'route and odometry are in different frames (info where a static transform joins them)',
+        'publish the route in {frame}',
+    ),
+    'camera_info_missing': Advice(
+        INFO,
+        "a camera has no camera_info: the field of view of the model's camera is assumed",
+        'publish camera_info beside the image topic',
+    ),
+    'camera_unnamed': Advice(
+        INFO,
+        'an image topic that no camera of the model is named like is not used',
+        "planner.camera_topics: ['{name}={topic}'], or spanvla replay --camera {name}={topic}",
+    ),
+    'camera_size': Advice(
+        BLOCK,
+        'pictures have another size than their camera_info says, and are refused',
+        'calibrate at the size that is published, or scale camera_info with image_proc',
+    ),
+    'camera_scale': Advice(
+        BLOCK,
+        'the ground moves too fast or too slowly: wrong focal length in camera_info, '
+        'or wrong height of the mount',
+        'calibrate the camera again, and measure its height above the ground',
+    ),
+    'camera_mirrored': Advice(
+        BLOCK, 'the picture is mirrored', 'turn off mirroring (hflip) in the camera driver'
+    ),
+    'camera_upside_down': Advice(
+        BLOCK, 'the picture is upside down', 'rotate by 180 degrees in the camera driver'
+    ),
+    'camera_mount': Advice(
+        BLOCK,
+        'the picture fits another mount than the one given',
+        'correct the transform of the camera, or its line in planner.camera_topics',
+    ),
+    'cameras_swapped': Advice(
+        BLOCK,
+        'two cameras are swapped',
+        'exchange {a} and {b} in the launch arguments (or their plugs)',
+    ),
+    'picture_black': Advice(
+        BLOCK, 'all pictures are black', 'take off the cap, see exposure and encoding'
+    ),
+    'picture_frozen': Advice(
+        BLOCK, 'the picture stands still while the car moves', 'restart the camera driver'
+    ),
+    'frame_left_handed': Advice(
+        BLOCK,
+        'the odometry frame is left-handed (y to the right, yaw clockwise), as in Unreal',
+        'negate y, yaw and yaw rate: REP-103 has y to the left, yaw counter-clockwise',
+    ),
+    'frame_ned': Advice(
+        BLOCK,
+        'the odometry is north, east, down',
+        'convert to REP-103: x = east, y = north, yaw = pi/2 - yaw, yaw rate negated',
+    ),
+    'frame_z_down': Advice(
+        BLOCK,
+        'the body frame points down (forward, right, down)',
+        'rotate the body frame by 180 degrees about x: forward, left, up',
+    ),
+    'route_mirrored': Advice(
+        BLOCK,
+        'the route is a mirror image of the driven path, while the cameras confirm the odometry',
+        'negate y of the route (or swap x and y where it is north, east)',
+    ),
+    'route_far': Advice(
+        WARN, 'the driven path is far from the route', 'publish route and odometry in one frame'
+    ),
+    'no_motion': Advice(
+        INFO,
+        'the vehicle hardly moved: odometry and cameras could not be checked',
+        'record ten seconds with a bend, faster than 2 m/s',
+    ),
+    'odometry_jumps': Advice(
+        WARN,
+        'the position leaps; a leap drops the plan in use',
+        'use a continuous odometry (odom frame) and not one that a map corrects',
+    ),
+    'odometry_degrees': Advice(
+        BLOCK, 'yaw or yaw rate is in degrees', 'convert to radians before the quaternion is made'
+    ),
+    'yaw_sign': Advice(BLOCK, 'the yaw turns against the path', 'negate the yaw'),
+    'yaw_rate_sign': Advice(
+        BLOCK, 'the yaw rate turns against the path', 'negate twist.angular.z'
+    ),
+    'yaw_offset': Advice(
+        BLOCK,
+        'yaw and path differ by a constant angle, such as a yaw counted from north',
+        'yaw is counted from the x axis, counter-clockwise: add the angle',
+    ),
+    'yaw_unrelated': Advice(
+        BLOCK, 'yaw and path do not turn together', 'see how the quaternion is made'
+    ),
+    'twist_frame': Advice(
+        BLOCK,
+        'the twist is in the odometry frame; REP-105 has it in the body frame',
+        'rotate the twist by the inverse of the pose before publishing',
+    ),
+    'twist_disagrees': Advice(
+        BLOCK,
+        'twist and poses disagree',
+        'publish the twist in m/s and rad/s, forward positive, of the same motion as the poses',
+    ),
+}  # fmt: skip
+
+CATALOG: dict[str, Advice] = {**MACHINE, **RIG}

@@ -96,7 +96,7 @@ def find_topics(
         images = _no_images(inputs, wish, cameras, bag)
     else:
         images = _images(kinds, inputs, wish, cameras, bag)
-    infos = {name: info for name, topic in images.items() if (info := _info_of(topic, inputs))}
+    infos = {name: info for name, topic in images.items() if (info := info_of(topic, inputs))}
     odometry = _one(kinds, inputs, wish.odometry, ODOMETRY, '--odometry', bag)
     if odometry is None:
         raise SpanvlaError(f'{bag}: no odometry topic ({ODOMETRY}); record one with the camera')
@@ -152,7 +152,7 @@ def _no_images(
     return {name: f'(drawn)/{name}' for name in cameras}
 
 
-def _info_of(image_topic: str, inputs: Mapping[str, str]) -> str | None:
+def info_of(image_topic: str, inputs: Mapping[str, str]) -> str | None:
     """The camera_info whose name shares the longest path with the image's."""
     parts = image_topic.strip('/').split('/')
     best, best_shared = None, 0
