@@ -8,7 +8,8 @@ here, so the nodes and the replay share one reader. Whatever contradicts itself 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from transforms3d.euler import quat2euler
 from spanvla_ros.types import CameraFrame, EgoState, Route, SpanvlaError, Trajectory
 
 Picture = UInt8[np.ndarray, 'h w 3']
-Fitted = UInt8[np.ndarray, 'rows columns 3']
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1, '8UC3': 3}
 YUV = ('yuv422', 'uyvy', 'yuv422_yuy2', 'yuyv')
 BAYER = ('bayer_rggb8', 'bayer_bggr8', 'bayer_gbrg8', 'bayer_grbg8')
@@ -36,7 +36,11 @@ def stamp_ns_of(header: Any) -> int:
 
 @dataclass(frozen=True)
 class Intrinsics:
-    """A pinhole camera: size and focal lengths in pixels, principal point from the top left."""
+    """A camera: size and focal lengths in pixels, principal point from the top left, lens.
+
+    `distortion` holds the coefficients of `distortion_model` as CameraInfo names them; none is a
+    pinhole camera.
+    """
 
     width_px: int
     height_px: int
@@ -44,13 +48,24 @@ class Intrinsics:
     focal_y_px: float
     center_x_px: float
     center_y_px: float
+    distortion_model: str = ''
+    distortion: tuple[float, ...] = ()
 
 
-def read_camera_info(msg: Any) -> Intrinsics:
-    """The pinhole part of a `sensor_msgs/CameraInfo`.
+def read_camera_info(msg: Any, *, rectified: bool = True) -> Intrinsics:
+    """Lens and size of a `sensor_msgs/CameraInfo`.
 
-    The rectified matrix P wins over K where it is filled. Lens distortion is not undone.
+    The message describes two pictures: the raw one by K and D, the rectified one by P. A driver
+    without a calibration of the lens may fill either, so without D the one that is filled counts,
+    P first.
+
+    Args:
+        msg: the message.
+        rectified: whether the picture it goes with is the rectified one.
     """
+    lens = tuple(float(value) for value in getattr(msg, 'd', ()))
+    if not rectified and any(lens):
+        return _raw_camera_info(msg, lens)
     p = [float(value) for value in msg.p]
     k = [float(value) for value in msg.k]
     matrix = (p[0], p[5], p[2], p[6]) if p and p[0] > 0 else (k[0], k[4], k[2], k[5])
@@ -62,6 +77,14 @@ def read_camera_info(msg: Any) -> Intrinsics:
     return Intrinsics(width_px, height_px, *matrix)
 
 
+def _raw_camera_info(msg: Any, lens: tuple[float, ...]) -> Intrinsics:
+    k = [float(value) for value in msg.k]
+    pinhole = read_camera_info(SimpleNamespace(width=msg.width, height=msg.height, k=k, p=()))
+    if not all(math.isfinite(value) for value in lens):
+        raise MessageError('camera_info: a lens coefficient is not a finite number')
+    return replace(pinhole, distortion_model=str(msg.distortion_model), distortion=lens)
+
+
 def read_image(
     msg: Any, camera: str, info: Intrinsics | None = None, *, use_cv_bridge: bool = False
 ) -> CameraFrame:
@@ -71,11 +94,17 @@ def read_image(
         msg: the message; rgb8, bgr8, rgba8, bgra8, mono8, YUV 4:2:2 or 8-bit Bayer.
         camera: the camera's name.
         info: the camera's intrinsics, whose size the picture must have.
-        use_cv_bridge: convert with cv_bridge where it is installed.
+        use_cv_bridge: convert with cv_bridge where it is installed; without it, an encoding that
+            is not read here is left to cv_bridge.
 
     Raises:
         MessageError: unknown encoding, size against data, or size against `info`.
     """
+    if str(msg.encoding) not in (*CHANNELS, *YUV, *BAYER):
+        picture = _through_cv_bridge(msg)
+        if picture is not None:
+            _check_against_info(picture.shape[1], picture.shape[0], info)
+            return CameraFrame(camera, stamp_ns_of(msg.header), picture)
     height_px, width_px = _checked_size(msg, info)
     if use_cv_bridge:
         picture = _through_cv_bridge(msg)
@@ -193,66 +222,6 @@ def read_compressed_image(msg: Any, camera: str, info: Intrinsics | None = None)
         raise MessageError('compressed image: damaged, the decoder returns nothing')
     _check_against_info(picture.shape[1], picture.shape[0], info)
     return CameraFrame(camera, stamp_ns_of(msg.header), picture)
-
-
-def fit_picture(
-    picture: Picture, info: Intrinsics | None, width_px: int, height_px: int, fov_deg: float
-) -> Fitted:
-    """The picture as the model's camera would see it: same axis, own size and field of view.
-
-    With intrinsics the part seen under the model's horizontal field of view is cut out around
-    the principal point; without, the largest centred part of the right shape. What the source
-    does not see is filled with its edge pixels. Neither lens nor mounting differences are undone.
-
-    Args:
-        picture: the source picture.
-        info: its intrinsics, if known.
-        width_px: width of the model's camera.
-        height_px: height of the model's camera.
-        fov_deg: horizontal field of view of the model's camera.
-    """
-    rows, columns = picture.shape[:2]
-    if info is None:
-        if (rows, columns) == (height_px, width_px):
-            return picture
-        scale = min(columns / width_px, rows / height_px)
-        scale_x = scale_y = scale
-        center_x, center_y = columns / 2.0, rows / 2.0
-    else:
-        focal_px = width_px / (2.0 * math.tan(math.radians(fov_deg) / 2.0))
-        scale_x, scale_y = info.focal_x_px / focal_px, info.focal_y_px / focal_px
-        # Edges of pixels are counted here, their middles in camera_info.
-        center_x, center_y = info.center_x_px + 0.5, info.center_y_px + 0.5
-        centered = abs(center_x - columns / 2.0) <= 1.0 and abs(center_y - rows / 2.0) <= 1.0
-        same_scale = abs(scale_x - 1.0) < 2e-3 and abs(scale_y - 1.0) < 2e-3
-        if (rows, columns) == (height_px, width_px) and centered and same_scale:
-            return picture
-    left = round(center_x - scale_x * width_px / 2.0)
-    right = round(center_x + scale_x * width_px / 2.0)
-    top = round(center_y - scale_y * height_px / 2.0)
-    bottom = round(center_y + scale_y * height_px / 2.0)
-    return _cut_and_resize(picture, (left, right, top, bottom), width_px, height_px)
-
-
-def _cut_and_resize(
-    picture: Picture, box: tuple[int, int, int, int], width_px: int, height_px: int
-) -> Fitted:
-    import cv2
-
-    rows, columns = picture.shape[:2]
-    left, right, top, bottom = box
-    inside = picture[
-        min(max(top, 0), rows - 1) : max(min(bottom, rows), 1),
-        min(max(left, 0), columns - 1) : max(min(right, columns), 1),
-    ]
-    padding = (max(-top, 0), max(bottom - rows, 0), max(-left, 0), max(right - columns, 0))
-    if any(padding):
-        inside = cv2.copyMakeBorder(inside, *padding, cv2.BORDER_REPLICATE)
-    shrinks = inside.shape[1] > width_px
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.ascontiguousarray(
-        cv2.resize(inside, (width_px, height_px), interpolation=interpolation)
-    )
 
 
 def read_odometry(msg: Any) -> EgoState:

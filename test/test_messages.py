@@ -11,7 +11,6 @@ from transforms3d.euler import euler2quat
 from spanvla_ros.messages import (
     Intrinsics,
     MessageError,
-    fit_picture,
     read_acceleration,
     read_camera_info,
     read_compressed_image,
@@ -189,46 +188,18 @@ def test_senseless_camera_info_is_refused(change):
         read_camera_info(camera_info(**change))
 
 
-def test_a_picture_of_the_models_own_camera_is_untouched():
-    picture = RNG.integers(0, 256, (112, 224, 3), dtype=np.uint8)
-    focal_px = 112 / np.tan(np.radians(30))
-    assert fit_picture(picture, info(224, 112, focal_px), 224, 112, 60.0) is picture
-    assert fit_picture(picture, None, 224, 112, 60.0) is picture
-
-
-@pytest.mark.parametrize('focal_px', [300.0, 500.0, 707.0])
-@pytest.mark.parametrize('center_x', [380.0, 420.0])
-def test_directions_land_where_the_models_camera_sees_them(focal_px, center_x):
-    # A bright dot at a known direction in the source must appear at that direction's pixel.
-    height_px, width_px = 600, 800
-    source = info(width_px, height_px, focal_px, center_x=center_x, center_y=290.0)
-    target_focal = 112 / np.tan(np.radians(30))
-    for angle_deg in (-15.0, 0.0, 12.0):
-        picture = np.zeros((height_px, width_px, 3), np.uint8)
-        slope = np.tan(np.radians(angle_deg))
-        middle = (round(center_x + focal_px * slope), 290)
-        cv2.circle(picture, middle, 5, (255, 255, 255), -1)
-        seen = fit_picture(picture, source, 224, 112, 60.0)[:, :, 0].astype(float)
-        v, u = np.indices(seen.shape)
-        found = np.array([(seen * u).sum(), (seen * v).sum()]) / seen.sum()
-        np.testing.assert_allclose(found, [111.5 + target_focal * slope, 55.5], atol=1.2)
-
-
-def test_what_the_source_does_not_see_is_filled_from_its_edge():
-    picture = np.full((370, 1226, 3), 90, np.uint8)
-    fitted = fit_picture(picture, info(1226, 370, 707.0), 224, 112, 60.0)
-    assert fitted.shape == (112, 224, 3)
-    assert (fitted == 90).all()
-
-
-@given(st.integers(2, 300), st.integers(2, 300), st.floats(20.0, 2000.0))
-@settings(max_examples=40, deadline=None)
-def test_any_size_and_focal_length_fits(width_px, height_px, focal_px):
-    picture = np.full((height_px, width_px, 3), 33, np.uint8)
-    for source in (None, info(width_px, height_px, focal_px)):
-        fitted = fit_picture(picture, source, 224, 112, 60.0)
-        assert fitted.shape == (112, 224, 3)
-        assert (fitted == 33).all()
+def test_a_raw_picture_goes_by_k_and_its_lens():
+    lens = [-0.3, 0.1, 0.0, 0.0, 0.0]
+    message = camera_info(d=lens, distortion_model='plumb_bob')
+    assert read_camera_info(message).distortion == ()
+    raw = read_camera_info(message, rectified=False)
+    expected = Intrinsics(1226, 370, 700.0, 701.0, 600.0, 180.0, 'plumb_bob', tuple(lens))
+    assert raw == expected
+    # Without a lens there is one picture, and P is the better filled matrix.
+    flat = read_camera_info(camera_info(d=[0.0] * 5), rectified=False)
+    assert flat == Intrinsics(1226, 370, 707.0, 708.0, 601.8, 183.1)
+    with pytest.raises(MessageError, match='lens coefficient'):
+        read_camera_info(camera_info(d=[float('nan')] * 5), rectified=False)
 
 
 def odometry(**change: float) -> SimpleNamespace:

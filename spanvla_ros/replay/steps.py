@@ -20,7 +20,6 @@ from spanvla_ros.geometry import world_from_local
 from spanvla_ros.messages import (
     Intrinsics,
     MessageError,
-    fit_picture,
     read_camera_info,
     read_compressed_image,
     read_image,
@@ -31,6 +30,7 @@ from spanvla_ros.replay.bag import Topics
 from spanvla_ros.replay.drawing import Drawing
 from spanvla_ros.runtime.observations import IMAGE_TOLERANCE_S, ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.runtime.virtual_camera import VirtualCamera, centered
 from spanvla_ros.safety.state import Guardian, GuardianParameters
 from spanvla_ros.types import CameraFrame, EgoState, Plan, PlanError, Route, Vehicle
 
@@ -91,6 +91,7 @@ class Replay:
         self.odometry_frame = ''
         self._transforms = transforms
         self._infos: dict[str, Intrinsics] = {}
+        self._views: dict[str, VirtualCamera] = {}
         self._cameras = {topic: name for name, topic in topics.images.items()}
         self._info_cameras = {topic: name for name, topic in topics.infos.items()}
         self._specs = {camera.name: camera for camera in planner.config.cameras}
@@ -108,7 +109,7 @@ class Replay:
             elif topic == self.topics.odometry:
                 self._on_odometry(message)
             elif topic in self._info_cameras:
-                self._infos[self._info_cameras[topic]] = read_camera_info(message)
+                self._on_info(self._info_cameras[topic], message)
             elif topic == self.topics.route:
                 self._held_route = read_route(message)
                 self._take_route()
@@ -163,12 +164,21 @@ class Replay:
         self.builder.set_route(self.route)
         self.guardian.on_route(self.route)
 
+    def _on_info(self, camera: str, message: Any) -> None:
+        rectified = 'rect' in self.topics.images.get(camera, '')
+        info = read_camera_info(message, rectified=rectified)
+        if info != self._infos.get(camera):
+            self._infos[camera] = info
+            self._views[camera] = VirtualCamera(self._specs[camera], info)
+
     def _on_picture(self, camera: str, message: Any) -> None:
-        info = self._infos.get(camera)
         compressed = hasattr(message, 'format')
-        frame = (read_compressed_image if compressed else read_image)(message, camera, info)
+        frame = (read_compressed_image if compressed else read_image)(message, camera)
+        view = self._views.get(camera)
+        if view is not None and view.fault:
+            raise MessageError(view.fault)
         spec = self._specs[camera]
-        picture = fit_picture(frame.image, info, spec.width_px, spec.height_px, spec.fov_deg)
+        picture = centered(frame.image, spec) if view is None else view.fit(frame.image)
         self.take_frame(replace(frame, image=picture))
 
     def take_frame(self, frame: CameraFrame) -> None:

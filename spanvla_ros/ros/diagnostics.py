@@ -23,12 +23,17 @@ class InputMeter:
     """Rate, age, drops and faults of one input."""
 
     def __init__(self, name: str, timeout_s: float, *, required: bool = True) -> None:
-        """Name the input; older than `timeout_s` it is stale, a fault only if `required`."""
+        """Name the input; older than `timeout_s` it is stale, a fault only if `required`.
+
+        `warning` is a lasting doubt about good messages, `extra` what else its line shows.
+        """
         self.name = name
         self.timeout_s = timeout_s
         self.required = required
         self.received = 0
         self.dropped = 0
+        self.warning = ''
+        self.extra: dict[str, str] = {}
         self._arrivals_ns: deque[int] = deque(maxlen=60)
         self._stamp_ns: int | None = None
         self._fault = ''
@@ -47,7 +52,7 @@ class InputMeter:
         self._faults[reason.split(':')[0]] += 1
 
     def status(self, now_ns: int) -> DiagnosticStatus:
-        """The input's line: ERROR after a refusal, STALE without messages, else OK."""
+        """The input's line: ERROR after a refusal, STALE when silent, WARN in doubt, else OK."""
         arrivals = [ns for ns in self._arrivals_ns if now_ns - ns < 5_000_000_000]
         rate_hz = (
             (len(arrivals) - 1) / max((arrivals[-1] - arrivals[0]) / 1e9, 1e-6)
@@ -59,6 +64,7 @@ class InputMeter:
             'dropped': str(self.dropped),
             'rate_hz': f'{rate_hz:.1f}',
             'refused': str(sum(self._faults.values())),
+            **self.extra,
         }
         if self._stamp_ns is not None and self._arrivals_ns:
             values['age_ms'] = f'{(self._arrivals_ns[-1] - self._stamp_ns) / 1e6:.1f}'
@@ -70,6 +76,8 @@ class InputMeter:
         silent_s = (now_ns - self._arrivals_ns[-1]) / 1e9
         if self.required and silent_s > self.timeout_s:
             return status(self.name, STALE, f'silent for {silent_s:.1f} s', values)
+        if self.warning:
+            return status(self.name, WARN, self.warning, values)
         return status(self.name, OK, 'ok', values)
 
 

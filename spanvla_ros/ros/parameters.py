@@ -13,6 +13,7 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.node import Node
 
+from spanvla_ros.runtime.observations import MISSING_CAMERA
 from spanvla_ros.types import SCHEDULES, SpanvlaError
 
 Settings = TypeVar('Settings')
@@ -89,7 +90,30 @@ class PlannerSettings:
         ('',), 'pairs camera=topic that replace input/<camera>/image'
     )
     use_cv_bridge: bool = setting(
-        default=False, text='convert raw images with cv_bridge where installed'
+        default=False, text='convert every raw image with cv_bridge where it is installed'
+    )
+    pictures: str = setting(
+        'auto',
+        'which picture of camera_info the cameras send; auto goes by rect in the topic',
+        choices=('auto', 'raw', 'rectified'),
+    )
+    extrinsics: str = setting(
+        'model',
+        'where the cameras stand: as in the model, by rig_file, or by /tf_static',
+        choices=('model', 'file', 'tf'),
+    )
+    rig_file: str = setting('', 'mounts of the cameras, for extrinsics file')
+    base_frame: str = setting('base_link', 'frame of the rear axle, for extrinsics tf')
+    missing_camera: str = setting(
+        'mask',
+        'what stands for a camera without a picture: nothing, its last one, or no plan at all',
+        choices=MISSING_CAMERA,
+    )
+    last_valid_max_age_s: float = setting(
+        0.3, 'missing_camera last_valid: oldest picture that may stand in', low=0.0, high=2.0
+    )
+    sync_tolerance_ms: float = setting(
+        50.0, 'how far a picture may be off the anchor in time', low=1.0, high=500.0
     )
     sync_wait_ms: float = setting(
         8.0, 'how long the other cameras are waited for after the anchor', low=0.0, high=100.0

@@ -31,6 +31,7 @@ from spanvla_ros.ros.diagnostics import (
     StageMeter,
     status,
 )
+from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.planner_inputs import PlannerInputs
@@ -52,6 +53,7 @@ class PlannerNode(LifecycleNode):
         self._model: Planner | None = None
         self._next_model: Planner | None = None
         self._cameras: CameraInputs | None = None
+        self._extrinsics: Extrinsics | None = None
         self._active = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,19 +84,22 @@ class PlannerNode(LifecycleNode):
         """Verify, load and warm up the model, then subscribe to its cameras."""
         try:
             self._model = model = self._load()
+            extrinsics = Extrinsics(self, self.settings, model.config.cameras)
         except SpanvlaError as error:
             self.get_logger().error(str(error))
             self._loading = str(error)
             return TransitionCallbackReturn.FAILURE
-        self._inputs.use(ObservationBuilder(model.config))
-        topics = dict(pair.split('=', 1) for pair in self.settings.camera_topics if '=' in pair)
-        self._cameras = CameraInputs(
-            self,
-            model.config.cameras,
-            topics,
-            self.settings.input_timeout_s,
-            use_cv_bridge=self.settings.use_cv_bridge,
+        settings = self.settings
+        self._inputs.use(
+            ObservationBuilder(
+                model.config,
+                settings.sync_tolerance_ms / 1e3,
+                missing_camera=settings.missing_camera,
+                last_valid_max_age_s=settings.last_valid_max_age_s,
+            )
         )
+        self._extrinsics = extrinsics
+        self._cameras = CameraInputs(self, model.config.cameras, settings, extrinsics)
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name='planner', daemon=True)
         self._thread.start()
@@ -140,6 +145,9 @@ class PlannerNode(LifecycleNode):
         if self._cameras is not None:
             self._cameras.close()
             self._cameras = None
+        if self._extrinsics is not None:
+            self._extrinsics.close()
+            self._extrinsics = None
 
     def close(self) -> None:
         """End the worker before the node goes."""

@@ -51,6 +51,7 @@ ROUTE_BACK_WINDOW_M = 10.0
 ROUTE_AHEAD_WINDOW_M = 60.0
 COMMAND_TURN_RAD = 0.7
 COMMAND_AHEAD_POINTS = 3
+MISSING_CAMERA = ('mask', 'last_valid', 'drop')
 NS = 1_000_000_000
 
 
@@ -62,12 +63,33 @@ class ObservationBuilder:
     `resets`.
     """
 
-    def __init__(self, config: ModelConfig, image_tolerance_s: float = IMAGE_TOLERANCE_S) -> None:
-        """Start empty; `image_tolerance_s` bounds how far a picture's stamp may be off."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        image_tolerance_s: float = IMAGE_TOLERANCE_S,
+        *,
+        missing_camera: str = 'mask',
+        last_valid_max_age_s: float = FRAME_KEEP_S,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            config: of the model.
+            image_tolerance_s: how far a picture's stamp may be off the one asked for.
+            missing_camera: what stands for a camera without a picture: `mask` leaves it out,
+                `last_valid` takes its last one, `drop` refuses the observation.
+            last_valid_max_age_s: how old that last one may be, before it is masked after all.
+        """
+        if missing_camera not in MISSING_CAMERA:
+            raise SpanvlaError(
+                f'missing_camera {missing_camera!r}: use one of {", ".join(MISSING_CAMERA)}'
+            )
         self._config = config
+        self._missing_camera = missing_camera
+        self._last_valid_ns = round(last_valid_max_age_s * NS)
         self._tolerance_ns = round(image_tolerance_s * NS)
         span_s = (config.frames_per_camera - 1) * config.frame_lag_s
-        self._frame_keep_ns = round((span_s + FRAME_KEEP_S) * NS)
+        self._frame_keep_ns = round((span_s + max(FRAME_KEEP_S, last_valid_max_age_s)) * NS)
         self._ego_keep_ns = round((config.history_s + EGO_KEEP_S) * NS)
         self._lags_ns = tuple(
             round((config.frames_per_camera - 1 - k) * config.frame_lag_s * NS)
@@ -166,6 +188,9 @@ class ObservationBuilder:
         if frames[0][-1] is None:
             self.refusal = 'anchor_image_missing'
             return None
+        if self._missing_camera == 'drop' and degraded:
+            self.refusal = degraded[0]
+            return None
         ego = self._ego_at(anchor_stamp_ns, degraded)
         if ego is None:
             self.refusal = 'ego_stale' if self._egos else 'ego_missing'
@@ -190,12 +215,24 @@ class ObservationBuilder:
         aligned = []
         for name, frames in self._frames.items():
             row = tuple(self._nearest(frames, anchor_ns - lag_ns) for lag_ns in self._lags_ns)
-            if row[-1] is None:
+            late = self._last_valid(frames, anchor_ns) if row[-1] is None else None
+            if late is not None:
+                row = (*row[:-1], late)
+                degraded.append(f'camera_late:{name}')
+            elif row[-1] is None:
                 degraded.append(f'camera_missing:{name}')
             elif None in row:
                 degraded.append(f'frames_short:{name}')
             aligned.append(row)
         return tuple(aligned)
+
+    def _last_valid(self, frames: list[CameraFrame], anchor_ns: int) -> CameraFrame | None:
+        """The newest picture from before the anchor's that may stand in for a missing one."""
+        if self._missing_camera != 'last_valid' or frames is self._frames[self.camera_names[0]]:
+            return None
+        oldest_ns = anchor_ns - self._last_valid_ns
+        fitting = (f for f in reversed(frames) if oldest_ns <= f.stamp_ns <= anchor_ns)
+        return next(fitting, None)
 
     def _nearest(self, frames: list[CameraFrame], stamp_ns: int) -> CameraFrame | None:
         best: CameraFrame | None = None

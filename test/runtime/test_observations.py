@@ -269,3 +269,36 @@ def test_a_record_needs_its_own_pictures():
     np.testing.assert_array_equal(seen.ego.pose, [1.0, 2.0, 0.5])
     with pytest.raises(SpanvlaError, match='needs pictures'):
         observation_of(plan, ((frame,), (frame,), (frame,)))
+
+
+def side_camera_falls_silent(policy):
+    """A camera whose last picture is 0.2 s old, under a policy."""
+    builder = ObservationBuilder(ModelConfig(), missing_camera=policy, last_valid_max_age_s=0.25)
+    for ego in drive():
+        builder.add_ego(ego)
+    for stamp, names in ((1.8, ('front', 'front_left', 'front_right')), (2.0, ('front',))):
+        for name in names:
+            builder.add_frame(CameraFrame(name, ns(stamp), IMAGE))
+    builder.add_frame(CameraFrame('front_right', ns(2.0), IMAGE))
+    return builder
+
+
+def test_a_missing_camera_is_masked_stood_in_for_or_refuses_the_plan():
+    masked = side_camera_falls_silent('mask').build(ns(2.0))
+    assert masked.frames[1] == (None,)
+    assert 'camera_missing:front_left' in masked.degraded
+    late = side_camera_falls_silent('last_valid')
+    seen = late.build(ns(2.0))
+    assert seen.frames[1][0].stamp_ns == ns(1.8)
+    assert 'camera_late:front_left' in seen.degraded
+    late.add_frame(CameraFrame('front', ns(2.1), IMAGE))
+    assert late.build(ns(2.1)).frames[1] == (None,)
+    dropped = side_camera_falls_silent('drop')
+    assert dropped.build(ns(2.0)) is None
+    assert dropped.refusal == 'camera_missing:front_left'
+    dropped.add_frame(CameraFrame('front_left', ns(2.01), IMAGE))
+    assert dropped.build(ns(2.0)) is not None
+    # The anchor itself is never stood in for.
+    assert late.build(ns(2.2)) is None
+    with pytest.raises(SpanvlaError, match='missing_camera'):
+        ObservationBuilder(ModelConfig(), missing_camera='black')
