@@ -16,6 +16,7 @@ from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.driver import STEP_S, ReferencePlan
 from spanvla_ros.town.snapshots import Snapshot, facts, labelled_scene
 from spanvla_ros.training.data.labels import needs_thought, presence, visible_facts
+from spanvla_ros.training.data.mistakes import Mistake
 from spanvla_ros.training.data.scoring_rows import pack_scene
 from spanvla_ros.training.data.shards import TrainingRow
 from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample
@@ -53,12 +54,7 @@ class RowMaker:
             rng: draws how old the last reasoning in the prompt is.
             pair_id: joins the rows of the same moment with and without its hazard.
         """
-        images, classes = self.renderer.draw_both(
-            snapshot.world.ground(),
-            snapshot.world.boxes(),
-            snapshot.world.tint,
-            snapshot.ego.pose,
-        )
+        images, classes = self.draw(snapshot)
         shown = presence(classes)
         plan = snapshot.plan
         slow = needs_thought(plan.components, plan.decision)
@@ -79,6 +75,33 @@ class RowMaker:
         )
         scoring = pack_scene(labelled_scene(snapshot)) if self.scored else b''
         return TrainingRow(sample, shown, visible_facts(facts(snapshot.world), shown), scoring)
+
+    def draw(self, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures and classes of a snapshot, by camera."""
+        world = snapshot.world
+        return self.renderer.draw_both(
+            world.ground(), world.boxes(), world.tint, snapshot.ego.pose
+        )
+
+    def mistake(
+        self, mistake: Mistake, pair_id: str, rng: np.random.Generator
+    ) -> tuple[TrainingRow, TrainingRow]:
+        """The negative row of a mistake and the recovery row after it, joined by `pair_id`.
+
+        A negative holds no reasoning: the reference's words do not lead to what was done.
+        """
+        name = f'{pair_id}/{mistake.kind}'
+        row = self.row(mistake.before, f'{name}/negative', rng, pair_id)
+        sample = replace(
+            row.sample,
+            future=mistake.poses[self._future],
+            label='negative',
+            reasoning='',
+            thinking='fast',
+        )
+        back = self.row(mistake.after, f'{name}/recovery', rng, pair_id)
+        recovery = replace(back.sample, label='recovery')
+        return replace(row, sample=sample), replace(back, sample=recovery)
 
 
 def observe(config: ModelConfig, snapshot: Snapshot, images: np.ndarray) -> Observation:

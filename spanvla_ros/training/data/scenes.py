@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from spanvla_ros.geometry import interpolate_poses
 from spanvla_ros.model.checkpoint import load_model_dir
 from spanvla_ros.model.config import ModelConfig, load_config
 from spanvla_ros.town.rollouts import rollout_snapshots
@@ -42,8 +43,10 @@ from spanvla_ros.town.snapshots import (
     sample_snapshots,
 )
 from spanvla_ros.training.contestants import Contestant, open_planner
-from spanvla_ros.training.data.rows import RowMaker
+from spanvla_ros.training.data.mistakes import mistakes_at
+from spanvla_ros.training.data.rows import RowMaker, observe
 from spanvla_ros.training.data.shards import FACTS, TrainingRow, write_shard
+from spanvla_ros.training.open_loop import plan_alone
 from spanvla_ros.types import SpanvlaError
 
 # Hazards are rarer than free road; a model that meets them too seldom learns to ignore them.
@@ -74,6 +77,9 @@ MIX_IS_LONGER = 6
 SEEDS_PER_SHARD = 1_000
 PAIR_SEED_OFFSET = 500_000
 PAIRS_PER_SHARD = 50
+MISTAKE = 'mistake'
+MISTAKE_SEED_OFFSET = 700_000
+MISTAKES_PER_DRIVE = 2
 MANIFEST = 'manifest.json'
 REQUEST = 'request.json'
 _SCHEMA_VERSION = 1
@@ -91,6 +97,7 @@ class SceneRequest:
     config: ModelConfig
     driver: Path | None = None
     scored: bool = False
+    mistakes: int = 0
 
     @property
     def held_out(self) -> bool:
@@ -100,7 +107,7 @@ class SceneRequest:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard: `kind` is empty for moments, else that of hazard pairs."""
+    """One shard: `kind` is empty for moments, else that of hazard pairs, or `MISTAKE`."""
 
     request: SceneRequest
     path: Path
@@ -121,6 +128,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         help='also this many pairs with and without each hazard (lead, light, pedestrian)',
+    )
+    parser.add_argument(
+        '--mistakes',
+        type=int,
+        default=0,
+        help='also this many pairs of a mistake (negative) and the way back (recovery)',
     )
     parser.add_argument(
         '--families', nargs='+', default=list(FAMILIES), choices=(*FAMILIES, MIX), metavar='NAME'
@@ -149,6 +162,7 @@ def run(options: argparse.Namespace) -> int:
         config=ModelConfig() if options.model is None else load_config(options.model),
         driver=options.driver,
         scored=options.scored or options.seed >= HELD_OUT_SEED,
+        mistakes=options.mistakes,
     )
     draw_scenes(request, options.out, workers=options.workers)
     return 0
@@ -189,12 +203,19 @@ def plan_shards(request: SceneRequest, out: Path) -> list[ShardJob]:
             pairs = min(PAIRS_PER_SHARD, request.pairs - number * PAIRS_PER_SHARD)
             path = out / f'scenes-pairs-{kind}-{number:03d}.parquet'
             jobs.append(ShardJob(request, path, number, 2 * pairs, kind))
+    for number in range(-(-request.mistakes // PAIRS_PER_SHARD)):
+        pairs = min(PAIRS_PER_SHARD, request.mistakes - number * PAIRS_PER_SHARD)
+        path = out / f'scenes-mistakes-{number:03d}.parquet'
+        jobs.append(ShardJob(request, path, number, 2 * pairs, MISTAKE))
     return jobs
 
 
 def draw_shard(job: ShardJob) -> int:
     """Draw and write one shard; returns its number of rows."""
-    rows = list(_pair_rows(job) if job.kind else _moment_rows(job))
+    if job.kind == MISTAKE:
+        rows = list(_mistake_rows(job))
+    else:
+        rows = list(_pair_rows(job) if job.kind else _moment_rows(job))
     write_shard(job.path, rows)
     return len(rows)
 
@@ -253,6 +274,40 @@ def _pair_rows(job: ShardJob) -> Iterator[TrainingRow]:
             yield replace(row, sample=replace(row.sample, observation=seen))
 
 
+def _mistake_rows(job: ShardJob) -> Iterator[TrainingRow]:
+    """Pairs of a negative and its recovery, at most one a moment and two a drive."""
+    request = job.request
+    maker = RowMaker(request.config, scored=True)
+    rng = np.random.default_rng([request.seed, job.number, 13])
+    first = request.seed + MISTAKE_SEED_OFFSET + job.number * SEEDS_PER_SHARD
+    drawn = 0
+    for seed in range(first, first + SEEDS_PER_SHARD):
+        family = request.families[int(rng.integers(len(request.families)))]
+        kept = 0
+        for index, snapshot in enumerate(_moments(request, family, seed)):
+            own = own_plan(request.driver, maker, snapshot) if request.driver else None
+            mistake = next(mistakes_at(snapshot, rng, own), None)
+            if mistake is None or kept == MISTAKES_PER_DRIVE:
+                continue
+            kept += 1
+            yield from maker.mistake(mistake, f'{family}/{seed}/{index}', rng)
+            drawn += 2
+            if drawn == job.rows:
+                return
+    raise SpanvlaError(f'{job.path}: {SEEDS_PER_SHARD} drives gave {drawn} of {job.rows} rows')
+
+
+def own_plan(driver: Path, maker: RowMaker, snapshot: Snapshot) -> np.ndarray:
+    """What a model would do at a moment, each 0.1 s in `base_link`."""
+    planner = open_planner(Contestant(driver, schedule='off'))
+    seen = observe(maker.config, snapshot, maker.draw(snapshot)[0])
+    poses = plan_alone(planner, maker.config, seen)
+    times_s = np.append(0.0, maker.config.times_s)
+    return interpolate_poses(
+        times_s, np.concatenate([np.zeros((1, 3)), poses]), snapshot.plan.times_s
+    )
+
+
 def _drawn(jobs: Sequence[ShardJob], workers: int) -> Iterator[int]:
     if workers <= 1 or len(jobs) <= 1:
         yield from map(draw_shard, jobs)
@@ -264,25 +319,29 @@ def _drawn(jobs: Sequence[ShardJob], workers: int) -> Iterator[int]:
 
 
 def _check(request: SceneRequest) -> None:
-    if request.count < 1 or request.pairs < 0:
+    if request.count < 1 or request.pairs < 0 or request.mistakes < 0:
         raise SpanvlaError(
-            f'scenes: --count {request.count} --pairs {request.pairs} leaves nothing to draw; '
-            'ask for at least one row'
+            f'scenes: --count {request.count} --pairs {request.pairs} --mistakes '
+            f'{request.mistakes} leaves nothing to draw; ask for at least one row'
         )
     if request.seed < 0:
         raise SpanvlaError(f'scenes: --seed {request.seed} is negative; use 0 or above')
     shards = -(-request.count // ROWS_PER_SHARD)
     pair_blocks = len(PAIR_KINDS) * -(-request.pairs // PAIRS_PER_SHARD)
+    mistake_shards = -(-request.mistakes // PAIRS_PER_SHARD)
     last = request.seed + max(
         shards * SEEDS_PER_SHARD,
         (PAIR_SEED_OFFSET + pair_blocks * SEEDS_PER_SHARD) if request.pairs else 0,
+        (MISTAKE_SEED_OFFSET + mistake_shards * SEEDS_PER_SHARD) if request.mistakes else 0,
     )
+    if request.mistakes and PAIR_SEED_OFFSET + pair_blocks * SEEDS_PER_SHARD > MISTAKE_SEED_OFFSET:
+        raise SpanvlaError(f'scenes: --pairs {request.pairs} would share seeds with the mistakes')
     if not request.held_out and last > HELD_OUT_SEED:
         raise SpanvlaError(
             f'scenes: --seed {request.seed} with --count {request.count} would reach the held-out '
             f'seeds from {HELD_OUT_SEED} on; start at 0 or draw fewer'
         )
-    if shards * SEEDS_PER_SHARD > PAIR_SEED_OFFSET and request.pairs:
+    if shards * SEEDS_PER_SHARD > PAIR_SEED_OFFSET and (request.pairs or request.mistakes):
         raise SpanvlaError(
             f'scenes: --count {request.count} would share seeds with the pairs; draw at most '
             f'{PAIR_SEED_OFFSET // SEEDS_PER_SHARD * ROWS_PER_SHARD} rows'
@@ -298,6 +357,7 @@ def _describe(request: SceneRequest) -> dict[str, Any]:
     config = request.config
     return {
         **({'scored': True} if request.scored else {}),
+        **({'mistakes': request.mistakes} if request.mistakes else {}),
         'schema_version': _SCHEMA_VERSION,
         'count': request.count,
         'seed': request.seed,
@@ -337,11 +397,15 @@ def _claim(request: SceneRequest, out: Path) -> None:
 def _manifest(request: SceneRequest, jobs: Sequence[ShardJob]) -> dict[str, Any]:
     families: Counter[str] = Counter()
     thinking: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
     paired = 0
     facts = []
     shards = []
     for job in jobs:
-        table = pq.read_table(job.path, columns=['family', 'thinking', 'pair_id', 'facts'])
+        table = pq.read_table(
+            job.path, columns=['family', 'thinking', 'label', 'pair_id', 'facts']
+        )
+        labels.update(table.column('label').to_pylist())
         families.update(table.column('family').to_pylist())
         thinking.update(table.column('thinking').to_pylist())
         paired += sum(bool(name) for name in table.column('pair_id').to_pylist())
@@ -356,6 +420,7 @@ def _manifest(request: SceneRequest, jobs: Sequence[ShardJob]) -> dict[str, Any]
         'rows_in_pairs': paired,
         'family_rows': dict(sorted(families.items())),
         'thinking_rows': dict(sorted(thinking.items())),
+        'label_rows': dict(sorted(labels.items())),
         'share': {name: round(float(values[:, FACTS.index(name)].mean()), 4) for name in shown},
         'shards': shards,
     }
