@@ -46,7 +46,7 @@ OPTIONAL_MESSAGES = {
     'carla_msgs',
 }
 TORCH_HOMES = (
-    'model/backbone.py',
+    'model/backbone/',
     'model/expert.py',
     'model/policy.py',
     'model/heads.py',
@@ -54,7 +54,7 @@ TORCH_HOMES = (
     'runtime/export',
     'training/',
 )
-TRANSFORMERS_HOMES = ('model/backbone.py', 'training/')
+TRANSFORMERS_HOMES = ('model/backbone/', 'training/')
 
 
 def imports_of(path: Path) -> set[str]:

@@ -18,7 +18,7 @@ from jaxtyping import Float64
 
 from spanvla_ros.types import SCHEDULES, SpanvlaError
 
-FAMILIES = ('qwen2_5_vl',)
+FAMILIES = ('qwen2_5_vl', 'internvl', 'qwen3_vl', 'smolvlm')
 SOURCES = ('history', 'constant_velocity', 'gaussian')
 HEAD_KINDS = ('flow', 'l1', 'diffusion', 'parallel', 'tokens', 'text')
 # A waypoint in words: x, y, yaw, and the mark that parts it from the next.

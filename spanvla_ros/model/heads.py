@@ -28,7 +28,8 @@ class PictureHeads(nn.Module):
         self.prompt = nn.Sequential(nn.Linear(hidden, 128), nn.SiLU(), nn.Linear(128, FACTS))
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Presence logits `[B, n, 7]` and facts `[B, 14]` of visual tokens `[B, n, H]`."""
+        """Presence logits `[B, n, 7]` and facts `[B, 14]` of visual tokens `[B, n, >= H]`."""
+        embeds = embeds[..., : self.presence.in_features]
         return self.presence(embeds), self.pooled(self.attention(embeds))
 
     def facts_from_prompt(self, hidden: Tensor) -> Tensor:

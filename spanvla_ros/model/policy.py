@@ -29,12 +29,14 @@ from spanvla_ros.model.action_tokens import (
 )
 from spanvla_ros.model.backbone import (
     BACKBONE_DIR,
-    Backbone,
+    BACKBONES,
     Prefix,
     draw_weights,
-    load_network,
+    open_backbone,
     tiny_network,
 )
+from spanvla_ros.model.backbone.folder import TOKENIZER_JSON, load_network
+from spanvla_ros.model.backbone.vocabulary import grow_vocabulary
 from spanvla_ros.model.checkpoint import (
     load_model_dir,
     read_tensors,
@@ -42,7 +44,7 @@ from spanvla_ros.model.checkpoint import (
     write_tensors,
     write_text,
 )
-from spanvla_ros.model.config import CONFIG_FILE, ModelConfig, dump_config
+from spanvla_ros.model.config import CONFIG_FILE, ModelConfig, dump_config, with_settings
 from spanvla_ros.model.expert import ActionExpert
 from spanvla_ros.model.flow import (
     NORMALIZATION_FILE,
@@ -56,8 +58,11 @@ from spanvla_ros.model.prompt import (
     ACTION_WORDS,
     PromptLayout,
     build_tokenizer,
+    extend_tokenizer,
     load_tokenizer,
     number_tokens,
+    prompt_length,
+    read_tokenizer,
     write_tokenizer,
 )
 from spanvla_ros.types import SpanvlaError
@@ -76,7 +81,7 @@ class Policy(nn.Module):
         self.config = config
         self.layout = layout
         extra = config.answer_room + max(config.waypoints, ANSWER_ACTIONS) + 2
-        self.backbone = Backbone(network, config, layout.image_positions.tolist(), extra)
+        self.backbone = open_backbone(network, config, layout.image_positions.tolist(), extra)
         self.expert = ActionExpert(
             self.backbone,
             config.expert_width,
@@ -157,6 +162,62 @@ def with_config(policy: Policy, config: ModelConfig, seed: int = 0) -> Policy:
             policy.normalization, anchors=None, codebook=changed.codebook
         )
     return changed
+
+
+def policy_from_folder(
+    folder: str | Path, config: ModelConfig | None = None, seed: int = 0
+) -> Policy:
+    """A policy on the network of a local Hugging Face folder, with a fresh expert.
+
+    The tokenizer gets our marks, numbers and actions, the prompt is laid out with its tokens and
+    the family's image marks, and the expert has the head count and head size of the backbone.
+
+    Args:
+        folder: written by `save_pretrained`, tokenizer included.
+        config: cameras, horizon, bridge and widths; family, patches and prompt length are the
+            folder's. None takes the town's three cameras, enlarged to whole visual tokens.
+        seed: of the expert and the vectors of new tokens.
+
+    Raises:
+        SpanvlaError: the folder is refused (`folder.check_folder`), or does not fit `config`.
+    """
+    path = Path(folder)
+    network = load_network(path)
+    family = network.config.model_type
+    tokenizer = read_tokenizer(path / TOKENIZER_JSON)
+    patch, merge = BACKBONES[family].cell(network.config)
+    if config is None:
+        config = _town_config(family, patch, merge)
+    if (config.family, config.patch_px, config.patch_merge) != (family, patch, merge):
+        raise SpanvlaError(
+            f'{path}: is {family} with patch_px {patch} and patch_merge {merge}, the model '
+            f'settings say {config.family}, {config.patch_px}, {config.patch_merge}; write these'
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = extend_tokenizer(tokenizer, config.action_tokens)
+        ids, values = number_tokens(tokenizer)
+        numbers = dict(zip(ids.tolist(), values.tolist(), strict=True))
+        grow_vocabulary(network, new, numbers, torch.Generator().manual_seed(seed))
+        config = with_settings(config, prompt_tokens=prompt_length(config, tokenizer))
+        return Policy(config, PromptLayout(config, tokenizer), network)
+
+
+def _town_config(family: str, patch: int, merge: int) -> ModelConfig:
+    """The defaults for another family, pictures enlarged to whole visual tokens."""
+    cell = patch * merge
+    cameras = tuple(
+        replace(
+            camera,
+            width_px=-(-camera.width_px // cell) * cell,
+            height_px=-(-camera.height_px // cell) * cell,
+        )
+        for camera in ModelConfig().cameras
+    )
+    return with_settings(
+        ModelConfig(), name=family, family=family, cameras=cameras, patch_px=patch,
+        patch_merge=merge, reasoning_slot=48, answer_tokens=64,
+    )  # fmt: skip
 
 
 def load_policy(model_dir: str | Path) -> Policy:

@@ -12,17 +12,19 @@ Deviations: past speed is carried by the past poses; the last finished reasoning
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from spanvla_ros.model.checkpoint import write_text
 from spanvla_ros.model.config import ModelConfig
-from spanvla_ros.types import COMMANDS, MissingExtraError, Observation, SpanvlaError
+from spanvla_ros.types import COMMANDS, EgoState, MissingExtraError, Observation, SpanvlaError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,6 +37,39 @@ PADDING = '<|endoftext|>'
 TURN_START, TURN_END = '<|im_start|>', '<|im_end|>'
 IMAGE_START, IMAGE, IMAGE_END = '<|vision_start|>', '<|image_pad|>', '<|vision_end|>'
 THINK, THINK_END, ACTION_START = '<think>', '</think>', '<action_start>'
+# Without blanks, as it stays apart from the numbers a pretrained tokenizer has learnt to read.
+NUMBER_MARK = '<num_{}>'
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a family's own prompts are made of, as text; each but `image_start` is one token."""
+
+    padding: str = '<|endoftext|>'
+    turn_start: str = '<|im_start|>'
+    turn_end: str = '<|im_end|>'
+    image_start: str = '<|vision_start|>'
+    image: str = '<|image_pad|>'
+    image_end: str = '<|vision_end|>'
+    user: str = 'user\n'
+    assistant: str = 'assistant\n'
+
+
+# By family, as the chat templates and processors of the released models write them.
+MARKS = {
+    'qwen2_5_vl': Marks(),
+    'qwen3_vl': Marks(),
+    'internvl': Marks(image_start='<img>', image='<IMG_CONTEXT>', image_end='</img>'),
+    'smolvlm': Marks(
+        padding='<|im_end|>',
+        turn_end='<end_of_utterance>',
+        image_start='<fake_token_around_image><global-img>',
+        image='<image>',
+        image_end='<fake_token_around_image>',
+        user='User:',
+        assistant='Assistant:',
+    ),
+}
 SPECIALS = (
     PADDING, UNKNOWN, TURN_START, TURN_END, IMAGE_START, IMAGE, IMAGE_END,
     THINK, THINK_END, ACTION_START,
@@ -66,11 +101,19 @@ def number_word(value: float) -> str:
     return f'{steps * NUMBER_STEP:g}' if steps else '0'
 
 
+def number_form(tokenizer: Tokenizer) -> Callable[[float], str]:
+    """How a tokenizer has numbers as one token: a word of the tiny family, or a mark."""
+
+    def marked(value: float) -> str:
+        return NUMBER_MARK.format(number_word(value))
+
+    return number_word if tokenizer.token_to_id(marked(0.0)) is None else marked
+
+
 def build_tokenizer(action_words: int = ACTION_WORDS) -> Tokenizer:
     """The word-level tokenizer of the tiny family: marks, actions, numbers, words."""
     tokenizers = _tokenizers()
-    count = round((NUMBER_HIGH - NUMBER_LOW) / NUMBER_STEP) + 1
-    numbers = [number_word(NUMBER_LOW + NUMBER_STEP * i) for i in range(count)]
+    numbers = [number_word(value) for value in _number_values()]
     actions = [action_word(i) for i in range(action_words)]
     words = list(dict.fromkeys([*SPECIALS, *actions, *numbers, *WORDS.split()]))
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -89,20 +132,45 @@ def write_tokenizer(model_dir: str | Path, tokenizer: Tokenizer) -> None:
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     """Read the tokenizer of a (verified) model directory."""
-    path = Path(model_dir) / TOKENIZER_FILE
-    tokenizers = _tokenizers()
+    return read_tokenizer(Path(model_dir) / TOKENIZER_FILE)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of one `tokenizer.json`."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return _tokenizers().Tokenizer.from_file(str(path))
     except Exception as error:
         raise SpanvlaError(f'{path}: not a readable tokenizer ({error})') from error
 
 
 def number_tokens(tokenizer: Tokenizer) -> tuple[Int64[np.ndarray, 'n'], Float32[np.ndarray, 'n']]:
     """Ids and values of all number words, to start their embeddings from their values."""
-    count = round((NUMBER_HIGH - NUMBER_LOW) / NUMBER_STEP) + 1
-    values = NUMBER_LOW + NUMBER_STEP * np.arange(count)
-    ids = [token_id(tokenizer, number_word(value)) for value in values]
+    values, form = _number_values(), number_form(tokenizer)
+    ids = [token_id(tokenizer, form(value)) for value in values]
     return np.array(ids, dtype=np.int64), values.astype(np.float32)
+
+
+def _number_values() -> Float64[np.ndarray, 'n']:
+    count = round((NUMBER_HIGH - NUMBER_LOW) / NUMBER_STEP) + 1
+    return NUMBER_LOW + NUMBER_STEP * np.arange(count)
+
+
+def extend_tokenizer(tokenizer: Tokenizer, actions: int) -> list[int]:
+    """Give a pretrained tokenizer our marks, numbers and actions; returns the ids that are new.
+
+    Numbers take the blank before them along, so that each is exactly one token of the prompt.
+    """
+    added = _tokenizers().AddedToken
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    marks = [mark for mark in (THINK, THINK_END, ACTION_START) if mark not in known]
+    words = [*marks, *(action_word(index) for index in range(actions))]
+    numbers = [NUMBER_MARK.format(number_word(value)) for value in _number_values()]
+    tokenizer.add_special_tokens([added(word, normalized=False, special=True) for word in words])
+    tokenizer.add_special_tokens(
+        [added(word, normalized=False, special=True, lstrip=True) for word in numbers]
+    )
+    every = tokenizer.get_vocab(with_added_tokens=True)
+    return sorted(index for word, index in every.items() if word not in known)
 
 
 def token_id(tokenizer: Tokenizer, word: str) -> int:
@@ -130,22 +198,24 @@ class PromptLayout:
         """Lay out the static parts; raises `SpanvlaError` where they do not fit P."""
         self.config = config
         self.tokenizer = tokenizer
-        self.padding_id = token_id(tokenizer, PADDING)
+        marks = MARKS[config.family]
+        self.padding_id = token_id(tokenizer, marks.padding)
         self.think_id = token_id(tokenizer, THINK)
         self.think_end_id = token_id(tokenizer, THINK_END)
         self.action_start_id = token_id(tokenizer, ACTION_START)
-        self.turn_end_id = token_id(tokenizer, TURN_END)
+        self.turn_end_id = token_id(tokenizer, marks.turn_end)
         self.action_ids = np.array(
             [token_id(tokenizer, action_word(i)) for i in range(config.action_tokens)], np.int64
         )
-        pictures = ' '.join(
-            f'{name} {IMAGE_START} {" ".join([IMAGE] * config.image_tokens)} {IMAGE_END}'
+        self._number = number_form(tokenizer)
+        pictures = '\n'.join(
+            f'{name} {marks.image_start}{marks.image * config.image_tokens}{marks.image_end}'
             for name in config.camera_names
             for _ in range(config.frames_per_camera)
         )
-        self._head = self._ids(f'{TURN_START} user\n{pictures}')
+        self._head = self._ids(f'{marks.turn_start}{marks.user}{pictures}')
         self._slot_head = self._ids('\nthought')
-        self._tail = self._ids(f'{TURN_END}\n{TURN_START} assistant\n')
+        self._tail = self._ids(f'{marks.turn_end}\n{marks.turn_start}{marks.assistant}')
         fixed = len(self._head) + len(self._slot_head) + config.reasoning_slot + len(self._tail)
         self._state_length = config.prompt_tokens - fixed
         if self._state_length < 1:
@@ -153,11 +223,13 @@ class PromptLayout:
                 f'prompt: its static parts take {fixed} tokens, prompt_tokens is '
                 f'{config.prompt_tokens}; raise it in config.yaml'
             )
-        image_id = token_id(tokenizer, IMAGE)
+        image_id = token_id(tokenizer, marks.image)
         self.image_positions: Int64[np.ndarray, 'i'] = np.flatnonzero(self._head == image_id)
         wanted = len(config.cameras) * config.frames_per_camera * config.image_tokens
         if len(self.image_positions) != wanted:
-            raise SpanvlaError(f'tokenizer: {IMAGE} is not one token; add it as a special token')
+            raise SpanvlaError(
+                f'tokenizer: {marks.image} is not one token; add it as a special token'
+            )
 
     @property
     def length(self) -> int:
@@ -201,23 +273,37 @@ class PromptLayout:
         valid[self.image_positions] = np.repeat(present, self.config.image_tokens)
         return ids, valid
 
+    def spare_tokens(self) -> int:
+        """Tokens of the state's room that no state takes, not even one of missing parts."""
+        config = self.config
+        poses = np.zeros((config.history_poses, 3))
+        taken = 0
+        for known in (True, False):
+            route = np.zeros((config.route_points, 2)) if known else None
+            valid = np.full(config.history_poses, known)
+            for command in COMMANDS:
+                ego = EgoState(0, 0.0, 0.0, 0.0, 0.0)
+                state = Observation(0, (), ego, poses, valid, route, command=command)
+                taken = max(taken, len(self._ids(self._state_text(state))))
+        return self._state_length - taken
+
     def _state_text(self, observation: Observation) -> str:
-        ego = observation.ego
+        ego, number = observation.ego, self._number
         words = [
-            'speed', number_word(ego.speed_mps),
-            'accel', number_word(ego.accel_mps2),
-            'turn', number_word(np.degrees(ego.yaw_rate_radps)),
+            'speed', number(ego.speed_mps),
+            'accel', number(ego.accel_mps2),
+            'turn', number(np.degrees(ego.yaw_rate_radps)),
             'past',
         ]  # fmt: skip
         for pose, good in zip(observation.history, observation.history_valid, strict=True):
             x, y, yaw = pose
-            row = [number_word(x), number_word(y), number_word(np.degrees(yaw))]
+            row = [number(x), number(y), number(np.degrees(yaw))]
             words += row if good else [NONE_WORD] * 3
         words.append('route')
         if observation.route is None:
             words += [NONE_WORD] * (2 * self.config.route_points)
         else:
-            words += [number_word(value) for value in observation.route.ravel()]
+            words += [number(value) for value in observation.route.ravel()]
         if observation.command not in COMMANDS:
             raise SpanvlaError(
                 f'command {observation.command!r} is not known; use {", ".join(COMMANDS)}'
@@ -273,12 +359,18 @@ class PromptLayout:
     def reasoning_mask(self, vocabulary: int) -> Bool[np.ndarray, 'v']:
         """Which tokens a reasoning may hold: text and its two ends, no action or picture marks."""
         mask = np.zeros(vocabulary, dtype=np.bool_)
-        mask[: self.tokenizer.get_vocab_size()] = True
         for word, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
-            if word.startswith('<') and word.endswith('>') and index < vocabulary:
-                mask[index] = False
+            if index < vocabulary:
+                mask[index] = not (word.startswith('<') and word.endswith('>'))
         mask[[self.think_end_id, self.action_start_id]] = True
         return mask
 
     def _ids(self, text: str) -> Int64[np.ndarray, 'a']:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def prompt_length(config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """The least `prompt_tokens` that holds every prompt of a configuration."""
+    roomy = replace(config, prompt_tokens=sys.maxsize)
+    layout = PromptLayout(roomy, tokenizer)
+    return layout.length - layout.spare_tokens()

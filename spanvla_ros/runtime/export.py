@@ -260,7 +260,7 @@ def example_inputs(policy: Policy) -> dict[str, tuple[torch.Tensor, ...]]:
         return torch.zeros(layers, 1, one, whole, size)
 
     ids = torch.zeros(1, prompt, dtype=torch.int64)
-    prefill = (ids, torch.zeros(tokens, backbone.hidden), torch.ones(1, prompt))
+    prefill = (ids, torch.zeros(tokens, backbone.visual_width), torch.ones(1, prompt))
     bridged, layers = len(backbone.bridged), backbone.layers
     valid = torch.ones(1, whole)
     return {

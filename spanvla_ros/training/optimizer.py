@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.parallel import Group
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.types import SpanvlaError
@@ -24,7 +25,7 @@ class Optimizer:
     """
 
     def __init__(
-        self, policy: nn.Module, parts: Sequence[nn.Module], settings: TrainSettings
+        self, policy: Policy, parts: Sequence[nn.Module], settings: TrainSettings
     ) -> None:
         """Take the parameters of `parts`, named as in `policy`; all others are frozen."""
         wanted = {id(p) for part in parts for p in part.parameters()}
@@ -32,6 +33,7 @@ class Optimizer:
             parameter.requires_grad_(id(parameter) in wanted)
         self.named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.settings = settings
+        self._eyes = {id(p) for part in policy.backbone.eyes for p in part.parameters()}
         count = sum(p.numel() for p in self.named.values())
         self.flat = torch.zeros(count + 2)
         start = 0
@@ -45,8 +47,9 @@ class Optimizer:
 
     def _groups(self) -> list[dict[str, object]]:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
-            groups.setdefault(('.visual.' in name, parameter.dim() > 1), []).append(parameter)
+        for parameter in self.named.values():
+            kind = (id(parameter) in self._eyes, parameter.dim() > 1)
+            groups.setdefault(kind, []).append(parameter)
         return [
             {
                 'params': parameters,

@@ -21,7 +21,7 @@ ANSWERS = 'none'
 def parts(policy: Policy, settings: TrainSettings) -> list[nn.Module]:
     """What is trained: the vision tower and the heads over it."""
     heads = policy.heads
-    return [policy.backbone.network.model.visual, heads.presence, heads.attention, heads.pooled]
+    return [*policy.backbone.eyes, heads.presence, heads.attention, heads.pooled]
 
 
 def losses(

@@ -1,0 +1,333 @@
+"""The way through a vision-language network with everything static: one size, one layout.
+
+The weights live in transformers' own classes; only the way through them is ours. Whatever
+transformers derives from pictures and prompt at run time (rotary angles, multimodal positions,
+places of visual tokens) is a buffer or a fixed concatenation here. So the same code trains, plans
+and exports without a data-dependent shape, and every batch row costs the same.
+
+A family is a subclass that adds the eyes; the language models differ in so little (norms of
+queries and keys, rotation, features added after the first layers) that one pass serves all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spanvla_ros.model.backbone.attention import MASKED, attend, feed_forward, rms_norm, rotate
+from spanvla_ros.model.config import ModelConfig, bridged_layers
+from spanvla_ros.types import SpanvlaError
+
+# Language models whose layers `Backbone` runs, by transformers' `model_type`.
+TEXT_MODELS = ('qwen2_5_vl_text', 'qwen3_vl_text', 'qwen2', 'qwen3', 'llama')
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What one pass leaves: K/V after rotation `[layers, B, kv, S, hd]`, hidden `[B, S, H]`.
+
+    `hidden` is that of the last layer after the final norm, or None where the pass stopped early.
+    """
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor | None = None
+
+
+class Backbone(nn.Module, ABC):
+    """The static way through one network; a family says how it sees.
+
+    `visual_width` is the width of a visual token as `vision` gives it: `hidden`, and once more
+    for each of the `fed` features that are added after the first layers (Qwen3-VL's deepstack).
+    """
+
+    network_class: ClassVar[Any]
+    pixel_mean: ClassVar[tuple[float, float, float]]
+    pixel_std: ClassVar[tuple[float, float, float]]
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: ModelConfig,
+        image_positions: Sequence[int],
+        extra_tokens: int,
+    ) -> None:
+        """Lay out the buffers.
+
+        Args:
+            network: the weights.
+            config: picture size, prompt length, bridged layers.
+            image_positions: places of the visual tokens in the prompt, ascending.
+            extra_tokens: room after the prompt, for an answer in training and for waypoints.
+        """
+        super().__init__()
+        # transformers builds the parts of its networks by name: nothing below has a type.
+        self.network: Any = network
+        text: Any = self.network.config.text_config
+        _check_text(text, config.prompt_tokens + extra_tokens)
+        self.layers: int = text.num_hidden_layers
+        self.hidden: int = text.hidden_size
+        self.heads: int = text.num_attention_heads
+        self.kv_heads: int = text.num_key_value_heads
+        self.head_size: int = getattr(text, 'head_dim', None) or self.hidden // self.heads
+        self.bridged = bridged_layers(self.layers, config.interval)
+        self.prompt_tokens = config.prompt_tokens
+        self.epsilon: float = text.rms_norm_eps
+        self.patch, self.merge = self.cell(network.config)
+        if (self.patch, self.merge) != (config.patch_px, config.patch_merge):
+            raise SpanvlaError(
+                f'config.yaml: patch_px {config.patch_px} and patch_merge {config.patch_merge} '
+                f'where the backbone has {self.patch} and {self.merge}; write these'
+            )
+        self.rows, self.columns = config.height_px // self.patch, config.width_px // self.patch
+        self.image_tokens = config.image_tokens
+        self.fed = self.features_fed(network.config)
+        self._place_vision(config)
+        self._buffer('pixel_middle', torch.tensor(self.pixel_mean).view(3, 1, 1))
+        self._buffer('pixel_scale', 1.0 / torch.tensor(self.pixel_std).view(3, 1, 1))
+        self._place_prompt(config, list(image_positions), extra_tokens)
+
+    @staticmethod
+    @abstractmethod
+    def cell(config: Any) -> tuple[int, int]:
+        """Pixels along a patch, patches along a visual token, of a transformers configuration."""
+
+    @staticmethod
+    def features_fed(config: Any) -> int:
+        """How many features of each visual token are added after the first layers."""
+        return 0
+
+    @property
+    @abstractmethod
+    def text(self) -> Any:
+        """The language model of the network."""
+
+    @property
+    @abstractmethod
+    def eyes(self) -> list[nn.Module]:
+        """What makes visual tokens of a picture."""
+
+    @abstractmethod
+    def _place_vision(self, config: ModelConfig) -> None:
+        """Lay out the buffers of the eyes."""
+
+    @abstractmethod
+    def vision(self, pixels: Tensor) -> Tensor:
+        """Encode pictures `[N, 3, H, W]` in 0..1 to visual tokens `[N, tokens, visual_width]`."""
+
+    def _rotary_positions(self, images: list[int], length: int) -> Tensor:
+        """Positions as the language model's rotary embedding takes them: `[1, S]`."""
+        return torch.arange(length)[None]
+
+    @property
+    def visual_width(self) -> int:
+        """Width of a visual token as `vision` gives it."""
+        return self.hidden * (1 + self.fed)
+
+    @property
+    def text_places(self) -> Tensor:
+        """Prompt positions that hold no visual token."""
+        places = self.text_positions
+        assert isinstance(places, Tensor)
+        return places
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.pixel_middle) * self.pixel_scale
+
+    def _place_prompt(self, config: ModelConfig, images: list[int], extra: int) -> None:
+        pictures = len(config.cameras) * config.frames_per_camera
+        if len(images) != pictures * self.image_tokens or images != sorted(images):
+            raise SpanvlaError(
+                f'prompt: holds {len(images)} visual tokens where {pictures} pictures of '
+                f'{self.image_tokens} are given; make prompt and cameras agree'
+            )
+        length = config.prompt_tokens + extra
+        cos, sin = self.text.rotary_emb(torch.zeros(1), self._rotary_positions(images, length))
+        half = self.head_size // 2
+        self._buffer('cos', cos[0, :, :half].float())
+        self._buffer('sin', sin[0, :, :half].float())
+        causal = torch.full((length, length), MASKED).triu(1)
+        self._buffer('causal', causal)
+        self.spans = _spans(images, config.prompt_tokens)
+        kept = torch.ones(config.prompt_tokens, dtype=torch.bool)
+        kept[images] = False
+        self._buffer('text_positions', torch.nonzero(kept).flatten())
+
+    def _buffer(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.contiguous(), persistent=False)
+
+    def embed(self, ids: Tensor, embeds: Tensor | None) -> Tensor:
+        """Token vectors `[B, S, H]` of `ids`, visual tokens `[B, n, H]` put in their places."""
+        x = self.text.embed_tokens(ids)
+        if embeds is None:
+            return x
+        parts = [
+            embeds[:, visual : visual + stop - start] if visual >= 0 else x[:, start:stop]
+            for start, stop, visual in self.spans
+        ]
+        if ids.shape[1] > self.prompt_tokens:
+            parts.append(x[:, self.prompt_tokens :])
+        return torch.cat([part.to(x.dtype) for part in parts], 1)
+
+    def _spread(self, features: Tensor, length: int) -> Tensor:
+        """Features `[B, n, H]` of visual tokens in their places of `[B, length, H]`, else zero."""
+        parts = [
+            features[:, visual : visual + stop - start]
+            if visual >= 0
+            else torch.zeros_like(features[:, :1]).expand(-1, stop - start, -1)
+            for start, stop, visual in self.spans
+        ]
+        if length > self.prompt_tokens:
+            rest = length - self.prompt_tokens
+            parts.append(torch.zeros_like(features[:, :1]).expand(-1, rest, -1))
+        return torch.cat(parts, 1)
+
+    def prefill(
+        self,
+        ids: Tensor,
+        embeds: Tensor | None,
+        valid: Tensor,
+        layers: Sequence[int] | None = None,
+        positions: Tensor | None = None,
+    ) -> Prefix:
+        """One causal pass over `ids [B, S]`, a prompt with or without an answer behind it.
+
+        Args:
+            ids: tokens; those of pictures are replaced by `embeds`.
+            embeds: visual tokens `[B, n, visual_width]`, or None where the tokens given hold no
+                picture.
+            valid: `[B, S]`, 0 where a token must not be attended to.
+            layers: keep the K/V of these and stop at the last one's; None keeps all and runs to
+                the end.
+            positions: places of the tokens in the full sequence where some are left out.
+        """
+        fed: tuple[Tensor, ...] = ()
+        if embeds is not None and self.fed:
+            embeds, *rest = embeds.split(self.hidden, -1)
+            fed = tuple(self._spread(part, ids.shape[1]) for part in rest)
+        x = self.embed(ids, embeds)
+        length = x.shape[1]
+        if positions is None:
+            cos, sin, causal = self.cos[:length], self.sin[:length], self.causal[:length, :length]
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+            causal = self.causal[positions][:, positions]
+        bias = causal + ((1.0 - valid.to(causal.dtype)) * MASKED)[:, None, None, :]
+        cos, sin = cos[:, None], sin[:, None]
+        kept = range(self.layers) if layers is None else layers
+        keys, values = [], []
+        for index, layer in enumerate(self.text.layers):
+            y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
+            k, v = self._keys_values(layer.self_attn, y, cos, sin)
+            if index in kept:
+                keys.append(k.transpose(1, 2))
+                values.append(v.transpose(1, 2))
+            if layers is not None and index == layers[-1]:
+                return Prefix(torch.stack(keys), torch.stack(values))
+            x = self._decode_layer(layer, x, y, k, v, bias, cos, sin)
+            if index < len(fed):
+                x = x + fed[index].to(x.dtype)
+        hidden = rms_norm(x, self.text.norm.weight, self.epsilon)
+        return Prefix(torch.stack(keys), torch.stack(values), hidden)
+
+    def decode(
+        self, token: Tensor, position: Tensor, keys: Tensor, values: Tensor, valid: Tensor
+    ) -> Prefix:
+        """One token `[B, 1]` at `position [1]` over cached K/V `[L, B, kv, S, hd]`.
+
+        Returns the token's own K/V `[L, B, kv, 1, hd]` and hidden `[B, 1, H]`.
+        """
+        x = self.text.embed_tokens(token)
+        cos = self.cos.index_select(0, position)[:, None]
+        sin = self.sin.index_select(0, position)[:, None]
+        cached = ((1.0 - valid) * MASKED)[:, None, None, :]
+        bias = torch.cat([cached, torch.zeros_like(cached[..., :1])], -1)
+        new_keys, new_values = [], []
+        for index, layer in enumerate(self.text.layers):
+            y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
+            k, v = self._keys_values(layer.self_attn, y, cos, sin)
+            new_keys.append(k.transpose(1, 2))
+            new_values.append(v.transpose(1, 2))
+            k = torch.cat([keys[index].transpose(1, 2), k], 1)
+            v = torch.cat([values[index].transpose(1, 2), v], 1)
+            x = self._decode_layer(layer, x, y, k, v, bias, cos, sin)
+        hidden = rms_norm(x, self.text.norm.weight, self.epsilon)
+        return Prefix(torch.stack(new_keys), torch.stack(new_values), hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary of `hidden [..., H]`."""
+        return self.network.lm_head(hidden)
+
+    def _keys_values(
+        self, attention: nn.Module, y: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        shape = (*y.shape[:2], self.kv_heads, self.head_size)
+        k = self._head_norm(attention, 'k_norm', attention.k_proj(y).view(shape))
+        return rotate(k, cos, sin), attention.v_proj(y).view(shape)
+
+    def _head_norm(self, attention: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Qwen3's norm of each query or key; other language models have none."""
+        norm = getattr(attention, name, None)
+        return x if norm is None else rms_norm(x, norm.weight, self.epsilon)
+
+    def _decode_layer(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        batch, length = y.shape[:2]
+        attention = layer.self_attn
+        q = attention.q_proj(y).view(batch, length, self.heads, self.head_size)
+        q = rotate(self._head_norm(attention, 'q_norm', q), cos, sin)
+        out = attend(q, k, v, bias).reshape(batch, length, self.heads * self.head_size)
+        x = x + attention.o_proj(out)
+        y = rms_norm(x, layer.post_attention_layernorm.weight, self.epsilon)
+        return x + feed_forward(layer.mlp, y)
+
+
+def _check_text(text: Any, length: int) -> None:
+    """Refuse a language model that this pass would run otherwise than transformers does."""
+    if text.model_type not in TEXT_MODELS:
+        raise SpanvlaError(
+            f'backbone: language model {text.model_type!r} is not known; use one with '
+            f'{", ".join(TEXT_MODELS)}'
+        )
+    if text.hidden_act != 'silu':
+        raise SpanvlaError(f'backbone: activation {text.hidden_act!r} is not known; use silu')
+    window = getattr(text, 'sliding_window', None)
+    slides = 'sliding_attention' in (getattr(text, 'layer_types', None) or ())
+    if slides and window is not None and window < length:
+        raise SpanvlaError(
+            f'backbone: attends to {window} tokens only, prompt and answer have {length}; '
+            'use a backbone without sliding window'
+        )
+    if text.max_position_embeddings < length:
+        raise SpanvlaError(
+            f'backbone: has {text.max_position_embeddings} positions, prompt and answer take '
+            f'{length}; use fewer or smaller pictures'
+        )
+
+
+def _spans(images: list[int], length: int) -> list[tuple[int, int, int]]:
+    """Runs of one kind as (start, stop, first visual token or -1 for text)."""
+    spans: list[tuple[int, int, int]] = []
+    visual = set(images)
+    used = start = 0
+    for stop in range(1, length + 1):
+        if stop < length and (stop in visual) == (start in visual):
+            continue
+        spans.append((start, stop, used if start in visual else -1))
+        used += stop - start if start in visual else 0
+        start = stop
+    return spans

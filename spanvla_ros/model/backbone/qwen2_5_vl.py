@@ -1,0 +1,115 @@
+"""Qwen2.5-VL: a tower with windows, multimodal positions.
+
+Window order, rotary angles and positions are buffers, and windows of one length run as one batch.
+Two rewritings leave the mathematics as it is: a still picture is one frame, so the two temporal
+kernels of the patch embedding are summed; and attention weights of masked keys are exactly zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+from spanvla_ros.model.backbone.attention import attend, feed_forward, rms_norm, rotate
+from spanvla_ros.model.backbone.decoder import Backbone
+from spanvla_ros.model.backbone.pictures import patches
+from spanvla_ros.model.config import ModelConfig
+
+
+class Qwen25Backbone(Backbone):
+    """The static way through a Qwen2.5-VL network."""
+
+    network_class = Qwen2_5_VLForConditionalGeneration
+    pixel_mean = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std = (0.26862954, 0.26130258, 0.27577711)
+
+    @staticmethod
+    def cell(config: Any) -> tuple[int, int]:
+        """Pixels along a patch, patches along a visual token."""
+        return config.vision_config.patch_size, config.vision_config.spatial_merge_size
+
+    @property
+    def text(self) -> Any:
+        """The language model of the network."""
+        return self.network.model.language_model
+
+    @property
+    def eyes(self) -> list[nn.Module]:
+        """What makes visual tokens of a picture."""
+        return [self.network.model.visual]
+
+    def _place_vision(self, config: ModelConfig) -> None:
+        vision, merge = self.network.config.vision_config, self.merge
+        grid = torch.tensor([[1, self.rows, self.columns]])
+        windows, bounds = get_vision_window_index(grid, merge, vision.window_size, self.patch)
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        starts = [bound // merge**2 for bound in bounds[:-1].tolist()]
+        # Windows of one length are made neighbours, so that each length is one batch.
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        windows = torch.cat(
+            [windows[starts[i] : starts[i] + lengths[i] // merge**2] for i in order]
+        )
+        lengths = [lengths[i] for i in order]
+        self.window_groups = [(n, lengths.count(n)) for n in sorted(set(lengths), reverse=True)]
+        places = (windows[:, None] * merge**2 + torch.arange(merge**2)).reshape(-1)
+        cos, sin = self.network.model.visual.rotary_pos_emb(
+            torch.zeros(1), get_vision_position_ids(grid, merge)
+        )
+        half = cos.shape[-1] // 2
+        self._buffer('window_order', places)
+        self._buffer('picture_order', torch.argsort(windows))
+        self._buffer('vision_cos', cos[places, None, :half].float())
+        self._buffer('vision_sin', sin[places, None, :half].float())
+
+    def _rotary_positions(self, images: list[int], length: int) -> Tensor:
+        return multimodal_positions(self.network.model, images, length, self.rows, self.columns)
+
+    def vision(self, pixels: Tensor) -> Tensor:
+        """Encode pictures `[N, 3, H, W]` in 0..1 to visual tokens `[N, tokens, hidden]`."""
+        tower, count = self.network.model.visual, pixels.shape[0]
+        cut = patches(self._normalized(pixels), self.patch, self.merge)
+        kernel = tower.patch_embed.proj.weight.sum(2).flatten(1)
+        x = functional.linear(cut.index_select(1, self.window_order), kernel).float()
+        for index, block in enumerate(tower.blocks):
+            y = rms_norm(x, block.norm1.weight, 1e-6)
+            x = x + self._look(block.attn, y, everywhere=index in tower.fullatt_block_indexes)
+            y = rms_norm(x, block.norm2.weight, 1e-6)
+            x = x + feed_forward(block.mlp, y)
+        y = rms_norm(x, tower.merger.ln_q.weight, 1e-6)
+        y = tower.merger.mlp(y.reshape(count, self.image_tokens, -1))
+        return y.index_select(1, self.picture_order)
+
+    def _look(self, attention: nn.Module, y: Tensor, *, everywhere: bool) -> Tensor:
+        count, length, width = y.shape
+        heads = attention.num_heads
+        qkv = attention.qkv(y).view(count, length, 3 * heads, width // heads)
+        qk = rotate(qkv[:, :, : 2 * heads], self.vision_cos, self.vision_sin)
+        q, k = qk.split(heads, 2)
+        v = qkv[:, :, 2 * heads :]
+        if everywhere:
+            return attention.proj(attend(q, k, v).reshape(count, length, width))
+        parts, start = [], 0
+        for size, number in self.window_groups:
+            stop = start + size * number
+            cut = [t[:, start:stop].reshape(count * number, size, heads, -1) for t in (q, k, v)]
+            parts.append(attend(*cut).reshape(count, stop - start, width))
+            start = stop
+        return attention.proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def multimodal_positions(
+    model: nn.Module, images: list[int], length: int, rows: int, columns: int
+) -> Tensor:
+    """Time, row and column `[3, 1, S]` of every place, as transformers itself counts them."""
+    kinds = torch.zeros(1, length, dtype=torch.int32)
+    kinds[0, images] = 1
+    merge = model.config.vision_config.spatial_merge_size
+    pictures = len(images) * merge**2 // (rows * columns)
+    grids = torch.tensor([[1, rows, columns]] * pictures)
+    positions, _ = model.get_rope_index(kinds.long(), kinds, image_grid_thw=grids)
+    return positions
