@@ -40,6 +40,7 @@ EXTRAS = {
     'train': [
         *TOWN,
         *ONNX_EXPORT,
+        'peft>=0.18',
         'pyarrow>=18',
         'tensorboard>=2.18',
         'torch>=2.7',

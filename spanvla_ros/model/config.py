@@ -159,8 +159,13 @@ def bridged_layers(layers: int, interval: int) -> tuple[int, ...]:
 
 
 def load_config(model_dir: str | Path) -> ModelConfig:
-    """Read `config.yaml` of a model directory; anything odd is one sentence of `SpanvlaError`."""
-    path = Path(model_dir) / CONFIG_FILE
+    """Read `config.yaml` of a model directory, or a file of the same kind.
+
+    Anything odd is one sentence of `SpanvlaError`.
+    """
+    path = Path(model_dir)
+    if path.suffix != '.yaml':
+        path /= CONFIG_FILE
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:

@@ -28,16 +28,18 @@ def pixels(
         height_px: wanted height, the picture's own if None.
         width_px: wanted width, the picture's own if None.
     """
-    height = height_px or image.shape[0]
-    width = width_px or image.shape[1]
-    if image.shape[:2] != (height, width):
-        image = _fitted(image, height, width)
+    image = fitted(image, height_px or image.shape[0], width_px or image.shape[1])
     planes = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
     planes *= np.float32(1.0 / 255.0)
     return planes[None]
 
 
-def _fitted(image: UInt8[np.ndarray, 'h w 3'], height: int, width: int) -> np.ndarray:
+def fitted(
+    image: UInt8[np.ndarray, 'h w 3'], height: int, width: int
+) -> UInt8[np.ndarray, 'H W 3']:
+    """A picture cut to the shape of `height` x `width` around its middle, then scaled to it."""
+    if image.shape[:2] == (height, width):
+        return image
     import cv2
 
     rows, columns = image.shape[:2]

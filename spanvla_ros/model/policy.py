@@ -35,6 +35,7 @@ from spanvla_ros.model.backbone import (
     open_backbone,
     tiny_network,
 )
+from spanvla_ros.model.backbone.adapters import merged
 from spanvla_ros.model.backbone.folder import TOKENIZER_JSON, load_network
 from spanvla_ros.model.backbone.vocabulary import grow_vocabulary
 from spanvla_ros.model.checkpoint import (
@@ -165,7 +166,7 @@ def with_config(policy: Policy, config: ModelConfig, seed: int = 0) -> Policy:
 
 
 def policy_from_folder(
-    folder: str | Path, config: ModelConfig | None = None, seed: int = 0
+    folder: str | Path, config: ModelConfig | None = None, seed: int = 0, **changes: Any
 ) -> Policy:
     """A policy on the network of a local Hugging Face folder, with a fresh expert.
 
@@ -177,6 +178,7 @@ def policy_from_folder(
         config: cameras, horizon, bridge and widths; family, patches and prompt length are the
             folder's. None takes the town's three cameras, enlarged to whole visual tokens.
         seed: of the expert and the vectors of new tokens.
+        changes: fields of the configuration to set otherwise.
 
     Raises:
         SpanvlaError: the folder is refused (`folder.check_folder`), or does not fit `config`.
@@ -188,6 +190,11 @@ def policy_from_folder(
     patch, merge = BACKBONES[family].cell(network.config)
     if config is None:
         config = _town_config(family, patch, merge)
+    config = with_settings(config, **changes)
+    if config.head == 'text':
+        raise SpanvlaError(
+            f'{path}: head text says numbers as words of the tiny tokenizer; use head tokens'
+        )
     if (config.family, config.patch_px, config.patch_merge) != (family, patch, merge):
         raise SpanvlaError(
             f'{path}: is {family} with patch_px {patch} and patch_merge {merge}, the model '
@@ -261,10 +268,11 @@ def save_policy(
     building.mkdir(parents=True)
     try:
         write_text(building / CONFIG_FILE, dump_config(policy.config))
-        network = policy.backbone.network
-        if shipped:
-            network = copy.deepcopy(network).half()
-        network.save_pretrained(building / BACKBONE_DIR)
+        with merged(policy.backbone.network):
+            network = policy.backbone.network
+            if shipped:
+                network = copy.deepcopy(network).half()
+            network.save_pretrained(building / BACKBONE_DIR)
         write_tokenizer(building, policy.layout.tokenizer)
         kind = np.float16 if shipped else np.float32
         write_tensors(building / EXPERT_FILE, _arrays(policy.expert, kind))

@@ -74,6 +74,8 @@ SPECIALS = (
     PADDING, UNKNOWN, TURN_START, TURN_END, IMAGE_START, IMAGE, IMAGE_END,
     THINK, THINK_END, ACTION_START,
 )  # fmt: skip
+# Around the text of an answer: think, think end, action start.
+ANSWER_MARKS = 3
 FAST_TEXT = 'directly predict the final action'
 NONE_WORD = 'none'
 WORDS = (
@@ -321,7 +323,8 @@ class PromptLayout:
             actions: action token indices.
         """
         text = reasoning if thinking == 'slow' else FAST_TEXT
-        ids = [self.think_id, *self._ids(text), self.think_end_id, self.action_start_id]
+        words = self._ids(text)[: self.config.answer_tokens - ANSWER_MARKS]
+        ids = [self.think_id, *words, self.think_end_id, self.action_start_id]
         if actions is not None:
             ids += [int(self.action_ids[index]) for index in actions] + [self.turn_end_id]
         return np.array(ids, dtype=np.int64)

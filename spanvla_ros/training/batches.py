@@ -16,15 +16,14 @@ from torch import Tensor
 
 from spanvla_ros.model.action_heads import HEADS, AnswerHead, head_of
 from spanvla_ros.model.flow import encode_trajectory, source_path
-from spanvla_ros.model.inputs import ego_features
+from spanvla_ros.model.inputs import ego_features, fitted
 from spanvla_ros.model.policy import Policy
+from spanvla_ros.model.prompt import ANSWER_MARKS
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.types import Observation, SpanvlaError
 
 if TYPE_CHECKING:
     from spanvla_ros.training.data.shards import TrainingRow
-
-MARKS_OF_ANSWER = 3
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,21 @@ def make_batch(
 
 
 def _pictures(observation: Observation, policy: Policy) -> np.ndarray:
-    shape = (policy.config.height_px, policy.config.width_px, 3)
-    blank = np.zeros(shape, np.uint8)
+    config = policy.config
+    blank = np.zeros((config.height_px, config.width_px, 3), np.uint8)
     frames = [frame for camera in observation.frames for frame in camera]
-    for frame in frames:
-        if frame is not None and frame.image.shape != shape:
-            raise SpanvlaError(
-                f'training data: picture of {frame.camera} is {frame.image.shape}, the model '
-                f'takes {shape}; draw the scenes with its cameras'
-            )
-    return np.stack([blank if frame is None else frame.image for frame in frames])
+    wanted = len(config.cameras) * config.frames_per_camera
+    if len(frames) != wanted:
+        raise SpanvlaError(
+            f'training data: {len(frames)} pictures a row, the model takes {wanted}; draw the '
+            'scenes with its cameras (spanvla scenes --model)'
+        )
+    return np.stack(
+        [
+            blank if frame is None else fitted(frame.image, config.height_px, config.width_px)
+            for frame in frames
+        ]
+    )
 
 
 def _target(row: TrainingRow, observation: Observation, policy: Policy) -> np.ndarray:
@@ -152,7 +156,7 @@ def _answers(
     if kind == 'none':
         return np.zeros((len(rows), 0), np.int64), *(np.zeros((2, len(rows), 0), np.float32))
     answers, texts, silent = [], [], []
-    longest = policy.config.answer_tokens - MARKS_OF_ANSWER
+    longest = policy.config.answer_tokens - ANSWER_MARKS
     layout, head = policy.layout, head_of(policy.config)
     said = head if isinstance(head, AnswerHead) else HEADS['tokens']
     assert isinstance(said, AnswerHead)

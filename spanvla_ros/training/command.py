@@ -16,7 +16,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('stage', choices=sorted(STAGES), help='the stage')
     parser.add_argument('--config', required=True, type=Path, help='settings (YAML)')
     parser.add_argument('--out', required=True, type=Path, help='run directory')
-    parser.add_argument('--init', type=Path, help='model or run directory to start from')
+    parser.add_argument(
+        '--init',
+        type=Path,
+        help='model or run directory to start from, or a local Hugging Face folder',
+    )
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
     parser.add_argument(
         '--processes', type=int, help='processes of one thread each that share a batch'

@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 from spanvla_ros.model.action_heads import fit_anchors
 from spanvla_ros.model.action_tokens import fit_codebook, segments_of
+from spanvla_ros.model.backbone.adapters import LoraSettings, attach_adapters, save_adapters
+from spanvla_ros.model.backbone.folder import is_network_folder
 from spanvla_ros.model.checkpoint import load_model_dir, read_tensors, write_tensors, write_text
-from spanvla_ros.model.config import ModelConfig, with_settings
+from spanvla_ros.model.config import ModelConfig, load_config, with_settings
 from spanvla_ros.model.flow import Normalization, encode_trajectory, source_path
 from spanvla_ros.model.policy import (
     Policy,
     load_policy,
     new_policy,
+    policy_from_folder,
     save_policy,
     swap_directory,
     with_config,
@@ -51,7 +54,8 @@ STAGES: dict[str, ModuleType] = {
     'sft': sft,
     'action-expert': action_expert,
 }
-MODEL_DIR, STATE_DIR, SETTINGS_FILE, LOG_FILE = 'model', 'state', 'config.yaml', 'log.jsonl'
+MODEL_DIR, STATE_DIR, ADAPTERS_DIR = 'model', 'state', 'adapters'
+SETTINGS_FILE, LOG_FILE = 'config.yaml', 'log.jsonl'
 EVALUATE, STOP = 1, 2
 FIT_ROWS = 2000
 LEAST_STD = (0.05, 0.05, 0.005)
@@ -80,7 +84,12 @@ def train(
     module = STAGES[stage]
     shards = ShardSet(settings.data)
     policy = start_policy(settings, init)
-    earlier = [] if init is None else trained_before(init)
+    if settings.lora_rank:
+        lora = LoraSettings(
+            settings.lora_rank, settings.lora_alpha, tuple(settings.lora_targets.split())
+        )
+        attach_adapters(policy.backbone.network, lora, settings.seed)
+    earlier = [] if init is None or is_network_folder(init) else trained_before(init)
     if resume:
         earlier = earlier[:-1]
     fit_targets(policy, shards)
@@ -122,8 +131,11 @@ def train(
 
 def start_policy(settings: TrainSettings, init: Path | None) -> Policy:
     """The model of `init`, or a fresh one, with the configuration that the settings ask for."""
+    config = load_config(settings.model_config) if settings.model_config else None
     if init is None:
-        return new_policy(with_settings(ModelConfig(), **settings.model), settings.seed)
+        return new_policy(with_settings(config or ModelConfig(), **settings.model), settings.seed)
+    if is_network_folder(init):
+        return policy_from_folder(init, config, settings.seed, **settings.model)
     policy = open_model(init)
     config = with_settings(policy.config, **settings.model)
     return policy if config == policy.config else with_config(policy, config, settings.seed)
@@ -358,6 +370,8 @@ class _Run:
         about = {'stage': self.stage, 'step': self.step, 'elapsed_s': elapsed_s}
         write_text(building / 'state.json', json.dumps(about) + '\n')
         swap_directory(building, self.out / STATE_DIR)
+        if self.settings.lora_rank:
+            save_adapters(policy.backbone.network, self.out / ADAPTERS_DIR)
 
     def close(self) -> None:
         """End the progress bar and the writer."""

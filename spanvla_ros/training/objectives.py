@@ -19,6 +19,7 @@ from spanvla_ros.model.flow import time_features
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.batches import Batch
 from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.types import SpanvlaError
 
 # How many cells lack a class for one that has it differs by orders of magnitude.
 PRESENCE_WEIGHT = (1.0, 1.0, 2.0, 8.0, 15.0, 15.0, 15.0)
@@ -35,6 +36,11 @@ def picture_loss(policy: Policy, embeds: Tensor, batch: Batch) -> Tensor:
     Cells of a picture that was taken away, and facts of a row that lost one, do not count.
     """
     presence, facts = policy.heads(embeds)
+    if presence.shape != batch.presence.shape:
+        raise SpanvlaError(
+            f'training data: knows what shows in {batch.presence.shape[1]} places, the model has '
+            f'{presence.shape[1]} visual tokens; add --set auxiliary_weight=0'
+        )
     cells = functional.binary_cross_entropy_with_logits(
         presence.float(),
         batch.presence,

@@ -29,6 +29,9 @@ class TrainSettings:
     included, and the schedule follows the share of time used (then a resumed run is not
     bit-exact). `stop_after` ends this call early with its state saved; the schedule ignores it.
 
+    `model_config` names a YAML file like a model directory's `config.yaml`: cameras, horizon,
+    bridge and widths of a model that this run starts, fresh or from a Hugging Face folder.
+
     `batch` is the number of rows over all processes. Rates: warm-up, then cosine down to
     `final_rate` of `learning_rate`; `vision_rate` scales the vision tower's.
 
@@ -36,10 +39,15 @@ class TrainSettings:
     names stand beside the others (`head`, `interval`, `source`, `waypoints`, ...). A changed model
     keeps its backbone and starts from a fresh expert.
 
+    `lora_rank` above zero trains low-rank adapters on `lora_targets` of the language model in
+    place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
+    without which new tokens stay as drawn.
+
     Rows are drawn with weight 1 + the three class weights where the row has the class.
     """
 
     data: str = ''
+    model_config: str = ''
     heldout: str = ''
     steps: int = 0
     minutes: float = 0.0
@@ -64,6 +72,10 @@ class TrainSettings:
     heldout_rows: int = 240
     tensorboard: bool = False
     blind: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: str = 'q_proj k_proj v_proj o_proj'
+    lora_embeddings: bool = True
     auxiliary_weight: float = 0.5
     reasoning_weight: float = 1.0
     action_weight: float = 1.0

@@ -4,3 +4,5 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Folders of every backbone family are made by a module of the model's tests.
+sys.path.insert(0, str(Path(__file__).parents[1] / 'model'))

@@ -139,7 +139,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         '--families', nargs='+', default=list(FAMILIES), choices=(*FAMILIES, MIX), metavar='NAME'
     )
     parser.add_argument('--ranges', type=Path, help='YAML of scenario ranges')
-    parser.add_argument('--model', type=Path, help='model directory whose cameras are used')
+    parser.add_argument(
+        '--model', type=Path, help='model directory, or its settings (YAML); its cameras are used'
+    )
     parser.add_argument(
         '--driver', type=Path, help='model directory; moments come from its own drives'
     )

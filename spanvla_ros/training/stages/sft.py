@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spanvla_ros.model.backbone import Prefix
+from spanvla_ros.model.backbone.adapters import adapter_parts
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.batches import Batch
 from spanvla_ros.training.objectives import (
@@ -27,8 +28,12 @@ ANSWERS = 'full'
 
 
 def parts(policy: Policy, settings: TrainSettings) -> list[nn.Module]:
-    """What is trained: everything."""
-    return [policy]
+    """What is trained: everything, or adapters in place of the backbone."""
+    network = policy.backbone.network
+    if not settings.lora_rank:
+        return [policy]
+    tables = [network.get_input_embeddings(), network.lm_head] if settings.lora_embeddings else []
+    return [*adapter_parts(network), *tables, policy.expert, policy.heads]
 
 
 def losses(
