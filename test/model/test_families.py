@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
-from tiny_folders import FAMILIES, network_of, tokenizer_of  # noqa: E402
+from tiny_folders import (  # noqa: E402
+    FAMILIES,
+    ids_of,
+    network_of,
+    qwen2_5_3b,
+    tokenizer_of,
+)
 
 from spanvla_ros.model import config as model_config  # noqa: E402
 from spanvla_ros.model.backbone import BACKBONES, open_backbone  # noqa: E402
@@ -35,9 +42,9 @@ def relative(ours, theirs):
 class Case:
     """One network, one layout, one batch of prompts, and what transformers makes of them."""
 
-    def __init__(self, family, cells_down, cells_across, cameras, batch, padded):
+    def __init__(self, family, cells_down, cells_across, cameras, batch, padded, network=None):
         tokenizer = tokenizer_of(family)
-        self.network = network_of(family, tokenizer, seed=1)
+        self.network = network or network_of(family, tokenizer, seed=1)
         kind = BACKBONES[family]
         patch, merge = kind.cell(self.network.config)
         self.rows, self.columns, self.merge = cells_down * merge, cells_across * merge, merge
@@ -177,8 +184,13 @@ THEIRS = {
 @torch.no_grad()
 def test_vision_keys_values_and_hidden_states_are_transformers_own(family, shape):
     case = Case(family, *shape)
+    agree(case, THEIRS[family](case))
+
+
+def agree(case, theirs_all):
+    """Both ways give the same at every place that may be attended."""
     seen, ours = case.ours()
-    theirs_seen, theirs = THEIRS[family](case)
+    theirs_seen, theirs = theirs_all
     assert relative(seen.flatten(0, 1), theirs_seen) < LIMIT
     real = case.valid.bool()
     assert relative(ours.hidden[real], theirs.last_hidden_state[real]) < LIMIT
@@ -186,6 +198,22 @@ def test_vision_keys_values_and_hidden_states_are_transformers_own(family, shape
         for found, wanted in ((ours.keys, layer.keys), (ours.values, layer.values)):
             places = (found[index].transpose(1, 2)[real], wanted.transpose(1, 2)[real])
             assert relative(*places) < LIMIT, index
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_widths_of_the_released_3b_model_agree_too():
+    """Its own configuration but for layers and words; pictures and cameras of config/model."""
+    path = Path(__file__).parents[2] / 'config/model/qwen2_5_vl_3b.yaml'
+    config = model_config.load_config(path)
+    assert (config.image_tokens, len(config.cameras), config.frames_per_camera) == (128, 3, 4)
+    tokenizer = tokenizer_of('qwen2_5_vl')
+    torch.manual_seed(0)
+    network = qwen2_5_3b(ids_of('qwen2_5_vl', tokenizer), 1024, layers=2)
+    case = Case('qwen2_5_vl', 8, 16, 3, 1, True, network)
+    assert case.config.image_tokens == config.image_tokens
+    agree(case, theirs_qwen(case))
+    assert (case.backbone.heads, case.backbone.kv_heads, case.backbone.head_size) == (16, 2, 128)
 
 
 @pytest.mark.parametrize('interval', [0, 1, 2, 3])

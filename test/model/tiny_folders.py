@@ -73,6 +73,26 @@ def _qwen2_5(ids, vocabulary):
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen2_5_3b(ids, vocabulary, layers):
+    """The released 3B configuration in all widths, with few layers and words."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            'hidden_size': 2048, 'num_hidden_layers': layers, 'num_attention_heads': 16,
+            'num_key_value_heads': 2, 'intermediate_size': 11008, 'vocab_size': vocabulary,
+            'max_position_embeddings': 128000, 'rms_norm_eps': 1e-6,
+            'rope_parameters': _mrope([16, 24, 24]),
+        },
+        vision_config={
+            'depth': layers, 'hidden_size': 1280, 'num_heads': 16, 'intermediate_size': 3420,
+            'out_hidden_size': 2048, 'patch_size': 14, 'window_size': 112,
+            'fullatt_block_indexes': [layers - 1],
+        },
+        tie_word_embeddings=True,
+        **ids,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
 def _internvl(ids, vocabulary):
     config = InternVLConfig(
         text_config=_text('qwen2', vocab_size=vocabulary),
@@ -123,14 +143,20 @@ _MAKERS = {
 }  # fmt: skip
 
 
-def network_of(family, tokenizer, seed=0):
-    """A random network whose every weight matters: nothing stays zero or one."""
+def ids_of(family, tokenizer):
+    """Special ids as a configuration of the family names them."""
     marks = MARKS[family]
     ids = {'image_token_id': tokenizer.token_to_id(marks.image)}
     ids['video_token_id'] = tokenizer.token_to_id(marks.padding)
     if family.startswith('qwen'):
         ids['vision_start_token_id'] = tokenizer.token_to_id(marks.image_start)
         ids['vision_end_token_id'] = tokenizer.token_to_id(marks.image_end)
+    return ids
+
+
+def network_of(family, tokenizer, seed=0):
+    """A random network whose every weight matters: nothing stays zero or one."""
+    ids = ids_of(family, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _MAKERS[family](ids, tokenizer.get_vocab_size() + 12)
