@@ -74,7 +74,7 @@ def measures(planner: Planner, rows: Sequence[TrainingRow]) -> dict[str, Estimat
         follows.append(named(exchanged.text) == theirs)
         drives.append(names[i])
     return {
-        'agreement': mean_of([own[i].agreement for i in judged], [names[i] for i in judged]),
+        'agreement': mean_of([bool(own[i].agreement) for i in judged], [names[i] for i in judged]),
         'components': mean_of(
             [named(own[i].text) == named(rows[i].sample.reasoning) for i in told],
             [names[i] for i in told],

@@ -12,8 +12,14 @@ from typing import Any
 import cv2
 import numpy as np
 from drives import Drive
-from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability
-from rosbags.interfaces import QosTime
+from rosbags.interfaces import (
+    Qos,
+    QosDurability,
+    QosHistory,
+    QosLiveliness,
+    QosReliability,
+    QosTime,
+)
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
@@ -89,7 +95,10 @@ def record(
     for k, fields in enumerate(odometry_fields(drive)):
         spoil_odometry(fields)
         if noise is not None:
-            fields.x, fields.y = fields.x + noise.normal(0, 0.005), fields.y + noise.normal(0, 0.005)
+            fields.x, fields.y = (
+                fields.x + noise.normal(0, 0.005),
+                fields.y + noise.normal(0, 0.005),
+            )
             fields.yaw += noise.normal(0, 0.001)
             fields.vx += noise.normal(0, 0.05)
             fields.wz += noise.normal(0, 0.003)
