@@ -35,6 +35,18 @@ def test_the_parameter_file_holds_the_defaults(node):
         assert type(value) is type(expected[name])
 
 
+def test_the_carla_overlay_sets_parameters_that_exist():
+    content = yaml.safe_load((ROOT / 'config' / 'carla.param.yaml').read_text())
+    for node, parts in content.items():
+        kind = {entry.name: entry for entry in fields(settings_of(node.removeprefix('/**/')))}
+        written = parts['ros__parameters']
+        assert written.pop('use_sim_time') is True
+        for name, value in written.items():
+            assert type(value) is type(kind[name].default)
+            assert value in (kind[name].metadata['choices'] or (value,))
+            assert value != kind[name].default
+
+
 @pytest.fixture
 def context(domain):
     context = rclpy.Context()
