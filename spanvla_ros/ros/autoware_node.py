@@ -52,7 +52,7 @@ class AutowareInputs:
         }
         self._route_out = node.create_publisher(PathMessage, 'input/route', LATCHED)
         self._engaged_out = node.create_publisher(Bool, 'input/engaged', LATCHED)
-        self._set_enabled = node.create_client(SetBool, 'guardian/set_enabled')
+        self._set_enabled: Any = node.create_client(SetBool, 'guardian/set_enabled')
         planning, adapi = 'autoware_planning_msgs', 'autoware_adapi_v1_msgs'
         for package, kind, name, take, profile in (
             (planning, 'Path', 'autoware_path', self._on_path, RELIABLE),

@@ -299,8 +299,10 @@ def _shape(element: ElementTree.Element) -> Shape:
         raise SpanvlaError(
             f'<{item.tag}> is not read; known are line, arc, spiral, poly3 and paramPoly3'
         )
-    place = (_number(element, key) for key in ('s', 'length', 'x', 'y', 'hdg'))
-    return Shape(item.tag, *place, numbers)
+    start_m, length_m, x_m, y_m, yaw_rad = (
+        _number(element, key) for key in ('s', 'length', 'x', 'y', 'hdg')
+    )
+    return Shape(item.tag, start_m, length_m, x_m, y_m, yaw_rad, numbers)
 
 
 def _lanes(element: ElementTree.Element) -> tuple[Lane, ...]:
@@ -412,6 +414,7 @@ def _clothoid(shape: Shape, s_m: Float64[np.ndarray, 'n']) -> Float64[np.ndarray
 
 def _polynomial(shape: Shape, s_m: Float64[np.ndarray, 'n']) -> Float64[np.ndarray, 'n 3']:
     """Cubics by their own parameter, which is looked up by length along the curve."""
+    u_of: tuple[float, ...]
     if shape.kind == 'poly3':
         u_of, v_of, most = (0.0, 1.0, 0.0, 0.0), shape.numbers, shape.length_m
     else:
