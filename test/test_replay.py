@@ -226,6 +226,7 @@ def test_odometry_of_another_origin_is_moved_to_the_rear_axle(model, tmp_path):
     assert poses[0][0] - poses[1][0] == pytest.approx(1.5, abs=1e-3)
 
 
+@pytest.mark.slow
 @needs_real
 def test_a_real_carla_recording_is_planned_on_drawn_cameras(model, tmp_path):
     words = ['--draw-cameras', str(REAL / 'Town01.xodr'), '--origin-ahead-m', '1.4']
