@@ -110,7 +110,7 @@ def test_a_missing_or_pickled_shard_is_refused(folder):
     (folder / index[min(index)]).unlink()
     with pytest.raises(SpanvlaError, match=r'shard model-00001\S+ is missing'):
         check_folder(folder)
-    index[min(index)] = 'shard.bin'
+    index = dict.fromkeys(index, 'shard.bin')
     edit_json(folder / 'model.safetensors.index.json', weight_map=index)
     with pytest.raises(SpanvlaError, match='no safetensors; refused'):
         check_folder(folder)
@@ -168,8 +168,9 @@ def test_the_new_words_are_one_token_each_with_vectors_like_the_known_ones(folde
     )
     assert 0.8 < float(table[420:].std() / known.std()) < 1.2
     text = 'speed ' + ' '.join(NUMBER_MARK.format(number_word(v)) for v in (-80, 0, 12.5, 99.5))
-    words = layout.tokenizer.encode(' '.join(['x', text]), add_special_tokens=False).tokens
-    assert words[-4:] == ['<num_-80>', '<num_0>', '<num_12.5>', '<num_99.5>']
+    words = layout.tokenizer.encode(' '.join(['x', text]), add_special_tokens=False).ids
+    said = ['<num_-80>', '<num_0>', '<num_12.5>', '<num_99.5>']
+    assert [layout.tokenizer.id_to_token(index) for index in words[-4:]] == said
     ids = [layout.tokenizer.token_to_id(NUMBER_MARK.format(n)) for n in ('10', '10.5', '40')]
     middle = known.mean(0)
     ten, near, far = (table[index] - middle for index in ids)

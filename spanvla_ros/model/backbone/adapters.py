@@ -87,9 +87,14 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad=True)
 
 
+def merge_adapters(network: Any) -> None:
+    """Replace each layer with an adapter by a plain one of the same outputs, for good."""
+    if _replace(network):
+        del network.peft_config
+
+
 @torch.no_grad()
-def merge_adapters(network: nn.Module) -> dict[str, Any]:
-    """Replace each layer with adapter by a plain one of the same outputs; returns the replaced."""
+def _replace(network: nn.Module) -> dict[str, Any]:
     layers = adapter_layers(network)
     for name, layer in layers.items():
         plain = copy.deepcopy(layer.get_base_layer())
@@ -101,7 +106,7 @@ def merge_adapters(network: nn.Module) -> dict[str, Any]:
 @contextmanager
 def merged(network: nn.Module) -> Iterator[None]:
     """The network with its adapters merged, for as long as it takes to save it."""
-    layers = merge_adapters(network)
+    layers = _replace(network)
     try:
         yield
     finally:
