@@ -53,7 +53,8 @@ def observed(config, seed=0):
                 builder.add_frame(
                     CameraFrame(name, at_ns, rng.integers(0, 255, shape, dtype=np.uint8))
                 )
-    builder.set_route(Route(np.stack([np.arange(0.0, 200.0, 5.0), np.zeros(40)], -1)))
+    points = np.stack([np.arange(0.0, 200.0, 5.0), np.zeros(40)], -1)
+    builder.set_route(Route(NOW_NS, 'odom', points))
     return builder.build(NOW_NS)
 
 
