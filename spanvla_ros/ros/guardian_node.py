@@ -60,7 +60,7 @@ class GuardianNode(Node):
     def __init__(self) -> None:
         """Read parameters and vehicle, open the topics, start publishing."""
         super().__init__('guardian')
-        self.settings = settings = declare(self, GuardianSettings)
+        self.settings = settings = declare(self, GuardianSettings, self._on_settings)
         self.vehicle = load_vehicle(settings.vehicle_file)
         self._lock = threading.Lock()
         self._guardian = Guardian(
@@ -113,6 +113,9 @@ class GuardianNode(Node):
         self.create_service(SetBool, '~/set_enabled', self._on_set_enabled)
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
+
+    def _on_settings(self, settings: GuardianSettings) -> None:
+        self.settings = settings
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

@@ -1,15 +1,23 @@
 """Node parameters: one frozen dataclass a node is the only place a parameter is written.
 
 `declare` turns its fields into declared ROS parameters with description and range, and reads the
-values given by launch or YAML back into an instance.
+values given by launch or YAML back into an instance. Most are read-only; the few marked live may
+be set while the node runs, and are refused or applied as a whole.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rcl_interfaces.msg import (
+    FloatingPointRange,
+    IntegerRange,
+    ParameterDescriptor,
+    SetParametersResult,
+)
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.node import Node
 
@@ -26,14 +34,31 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    live: bool = False,
 ) -> Any:
-    """A dataclass field that is a parameter: default, description, bounds or allowed words."""
-    metadata = {'text': text, 'low': low, 'high': high, 'choices': choices}
+    """A dataclass field that is a parameter.
+
+    Args:
+        default: its value, which also gives its type.
+        text: its description.
+        low: lowest value.
+        high: highest value.
+        choices: allowed words.
+        live: whether it may be set while the node runs.
+    """
+    metadata = {'text': text, 'low': low, 'high': high, 'choices': choices, 'live': live}
     return field(default=default, metadata=metadata)
 
 
-def declare(node: Node, kind: type[Settings]) -> Settings:
+def declare(
+    node: Node, kind: type[Settings], changed: Callable[[Settings], None] | None = None
+) -> Settings:
     """Declare every field of `kind` on `node` and return the values given.
+
+    Args:
+        node: the node.
+        kind: its settings.
+        changed: called with all values after live ones were set.
 
     Raises:
         SpanvlaError: a value of the wrong type, out of its range or not an allowed word.
@@ -45,19 +70,51 @@ def declare(node: Node, kind: type[Settings]) -> Settings:
         except (InvalidParameterTypeException, InvalidParameterValueException) as error:
             raise SpanvlaError(f'{node.get_name()}: parameter {entry.name}: {error}') from error
         value = node.get_parameter(entry.name).value
-        choices = entry.metadata['choices']
-        if choices and value not in choices:
-            raise SpanvlaError(
-                f'{node.get_name()}: parameter {entry.name} is {value!r}; '
-                f'choose from {", ".join(choices)}'
-            )
+        reason = _refusal(entry, value)
+        if reason:
+            raise SpanvlaError(f'{node.get_name()}: parameter {reason}')
         values[entry.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+    current = kind(**values)
+    if changed is not None:
+        node.add_on_set_parameters_callback(_Applier(current, changed))
+    return current
+
+
+class _Applier:
+    """Judges values set while the node runs; ROS has looked at types, ranges, read-only."""
+
+    def __init__(self, current: Any, changed: Callable[[Any], None]) -> None:
+        self._current, self._changed = current, changed
+        self._entries = {entry.name: entry for entry in fields(current)}
+
+    def __call__(self, parameters: Sequence[Any]) -> SetParametersResult:
+        values = {p.name: p.value for p in parameters if p.name in self._entries}
+        for name, value in values.items():
+            reason = _refusal(self._entries[name], value)
+            if reason:
+                return SetParametersResult(successful=False, reason=reason)
+        if values:
+            self._current = replace(self._current, **values)
+            self._changed(self._current)
+        return SetParametersResult(successful=True)
+
+
+def _refusal(entry: Any, value: Any) -> str:
+    """Why ROS should not have let a value through; it knows no words, and NaN is in any range."""
+    choices = entry.metadata['choices']
+    if choices and value not in choices:
+        return f'{entry.name} is {value!r}; choose from {", ".join(choices)}'
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'{entry.name} is {value}; give a finite number'
+    return ''
 
 
 def _descriptor(entry: Any) -> ParameterDescriptor:
-    text, low, high = (entry.metadata[key] for key in ('text', 'low', 'high'))
-    descriptor = ParameterDescriptor(description=text, read_only=True)
+    text, low, high, live = (entry.metadata[key] for key in ('text', 'low', 'high', 'live'))
+    descriptor = ParameterDescriptor(description=text, read_only=not live)
+    choices = entry.metadata['choices']
+    if choices:
+        descriptor.additional_constraints = f'one of {", ".join(choices)}'
     if low is None or high is None:
         return descriptor
     if isinstance(entry.default, float):
@@ -116,13 +173,21 @@ class PlannerSettings:
         50.0, 'how far a picture may be off the anchor in time', low=1.0, high=500.0
     )
     sync_wait_ms: float = setting(
-        8.0, 'how long the other cameras are waited for after the anchor', low=0.0, high=100.0
+        8.0,
+        'how long the other cameras are waited for after the anchor',
+        low=0.0,
+        high=100.0,
+        live=True,
     )
     reason_slice_ms: float = setting(
-        10.0, 'longest slice of reasoning between frames', low=1.0, high=50.0
+        10.0, 'longest slice of reasoning between frames', low=1.0, high=50.0, live=True
     )
-    overlay_hz: float = setting(2.0, 'rate of the overlay picture; 0 is off', low=0.0, high=30.0)
-    vision_every: int = setting(1, 'encode pictures on every n-th frame', low=1, high=10)
+    overlay_hz: float = setting(
+        2.0, 'rate of the overlay picture; 0 is off', low=0.0, high=30.0, live=True
+    )
+    vision_every: int = setting(
+        1, 'encode pictures on every n-th frame', low=1, high=10, live=True
+    )
     output_frame: str = setting('odom', 'frame of odometry, route and plan')
     input_timeout_s: float = setting(
         0.5, 'an input older than this is reported as stale', low=0.05, high=60.0
@@ -146,7 +211,9 @@ class GuardianSettings:
     odometry_timeout_s: float = setting(
         0.3, 'without odometry for this long the guardian brakes hard', low=0.05, high=2.0
     )
-    display_hz: float = setting(5.0, 'rate of path and markers; 0 is off', low=0.0, high=30.0)
+    display_hz: float = setting(
+        5.0, 'rate of path and markers; 0 is off', low=0.0, high=30.0, live=True
+    )
     autoware: bool = setting(
         default=False,
         text='publish output/autoware_trajectory too; needs autoware_planning_msgs',
@@ -272,3 +339,16 @@ class BridgeSettings:
         'twist', 'control message; carla needs carla_msgs', choices=('twist', 'carla')
     )
     vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
+
+
+SETTINGS: Mapping[str, type] = {
+    'planner': PlannerSettings,
+    'shadow': PlannerSettings,
+    'guardian': GuardianSettings,
+    'follower': FollowerSettings,
+    'recorder': RecorderSettings,
+    'town': TownSettings,
+    'carla': CarlaSettings,
+    'replay': ReplaySettings,
+    'bridge': BridgeSettings,
+}

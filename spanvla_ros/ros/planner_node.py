@@ -49,7 +49,7 @@ class PlannerNode(LifecycleNode):
     def __init__(self) -> None:
         """Declare parameters and the topics that do not depend on the model."""
         super().__init__('planner')
-        self.settings = declare(self, PlannerSettings)
+        self.settings = declare(self, PlannerSettings, self._on_settings)
         self._model: Planner | None = None
         self._next_model: Planner | None = None
         self._cameras: CameraInputs | None = None
@@ -202,6 +202,11 @@ class PlannerNode(LifecycleNode):
             self._note_fault(str(error))
         finally:
             self._loading = ''
+
+    def _on_settings(self, settings: PlannerSettings) -> None:
+        self.settings = settings
+        if self._model is not None:
+            self._model.vision_every = settings.vision_every
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

@@ -2,33 +2,34 @@
 
 from dataclasses import fields
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import rclpy
 import yaml
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 
-from spanvla_ros.ros import parameters
-from spanvla_ros.ros.parameters import PlannerSettings, TownSettings, declare
+from spanvla_ros.ros import parameter_files
+from spanvla_ros.ros.parameter_files import parameter_page, parameter_yaml
+from spanvla_ros.ros.parameters import SETTINGS, PlannerSettings, TownSettings, declare
 from spanvla_ros.types import SpanvlaError
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = ('planner', 'guardian', 'follower', 'recorder', 'town', 'carla', 'bridge', 'replay')
 
 
-def settings_of(node: str) -> type:
-    return getattr(parameters, f'{node.capitalize()}Settings')
+def test_parameter_file_and_reference_are_current():
+    again = 'run: python -m spanvla_ros.ros.parameter_files'
+    assert (ROOT / parameter_files.YAML_FILE).read_text() == parameter_yaml(), again
+    assert (ROOT / parameter_files.PAGE_FILE).read_text() == parameter_page(), again
 
 
-@pytest.mark.parametrize('node', NODES)
+@pytest.mark.parametrize('node', SETTINGS)
 def test_the_parameter_file_holds_the_defaults(node):
     content = yaml.safe_load((ROOT / 'config' / 'spanvla.param.yaml').read_text())
     written = content[f'/**/{node}']['ros__parameters']
-    kind = settings_of(node)
     expected = {
         entry.name: list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        for entry in fields(kind)
+        for entry in fields(SETTINGS[node])
     }
     assert written == expected
     for name, value in written.items():
@@ -81,49 +82,38 @@ def test_a_bad_value_is_one_sentence(context, kind, argument, word):
     node.destroy_node()
 
 
-@pytest.mark.parametrize('name', ['demo', 'vehicle'])
-def test_launch_files_set_parameters_that_exist(name):
-    tree = ElementTree.parse(ROOT / 'launch' / f'{name}.launch.xml')
-    for node in tree.iter('node'):
-        known = {entry.name for entry in fields(settings_of(node.get('name')))} | {'use_sim_time'}
-        named = {param.get('name') for param in node.iter('param') if param.get('name')}
-        assert named <= known
-        assert node.get('exec') == f'{node.get("name")}_node'
+@pytest.mark.parametrize(
+    ('argument', 'word'),
+    [('overlay_hz:=.nan', 'finite number'), ('missing_camera:=black', 'choose from')],
+)
+def test_what_ros_would_let_through_is_refused(context, argument, word):
+    node = node_with(context, '-p', argument)
+    with pytest.raises(SpanvlaError, match=word):
+        declare(node, PlannerSettings)
+    node.destroy_node()
 
 
-# Cameras are named by the model, and the guardian's plan comes from the planner beside it.
-INPUTS = {
-    'guardian': {'odometry', 'acceleration', 'route'},
-    'planner': {'odometry', 'acceleration', 'route', 'command'},
-    'follower': {'odometry'},
-    'recorder': {'odometry', 'acceleration', 'route', 'command'},
-}
+def test_a_running_node_applies_live_values_and_refuses_the_rest(context):
+    node = node_with(context)
+    told = []
+    declare(node, PlannerSettings, told.append)
 
+    def set_(*pairs):
+        return node.set_parameters_atomically([Parameter(n, value=v) for n, v in pairs])
 
-def test_every_input_of_the_vehicle_has_its_argument():
-    tree = ElementTree.parse(ROOT / 'launch' / 'vehicle.launch.xml')
-    for node in tree.iter('node'):
-        remaps = {item.get('from'): item.get('to') for item in node.iter('remap')}
-        for name in INPUTS[node.get('name')]:
-            assert remaps[f'input/{name}'] == f'$(var {name})'
-        if 'output_frame' in {entry.name for entry in fields(settings_of(node.get('name')))}:
-            given = {item.get('name'): item.get('value') for item in node.iter('param')}
-            assert given['output_frame'] == '$(var output_frame)'
-
-
-@pytest.mark.parametrize('name', ['demo', 'vehicle'])
-def test_launch_arguments_are_declared_and_explained(name):
-    path = ROOT / 'launch' / f'{name}.launch.xml'
-    tree = ElementTree.parse(path)
-    declared = {arg.get('name'): arg for arg in tree.getroot().findall('arg')}
-    assert all(arg.get('description') for arg in declared.values())
-    text = path.read_text()
-    for part in text.split('$(var ')[1:]:
-        assert part.split(')')[0] in declared
-    for include in tree.iter('include'):
-        target = include.get('file').rsplit('/', 1)[1]
-        offered = {
-            arg.get('name')
-            for arg in ElementTree.parse(ROOT / 'launch' / target).getroot().findall('arg')
-        }
-        assert {arg.get('name') for arg in include.findall('arg')} <= offered
+    assert set_(('overlay_hz', 5.0), ('reason_slice_ms', 4.0)).successful
+    assert (told[-1].overlay_hz, told[-1].reason_slice_ms) == (5.0, 4.0)
+    for name, value in (
+        ('backend', 'torch'),
+        ('overlay_hz', 99.0),
+        ('overlay_hz', float('nan')),
+        ('overlay_hz', 'fast'),
+    ):
+        result = set_(('sync_wait_ms', 3.0), (name, value))
+        assert not result.successful
+        assert result.reason
+    assert len(told) == 1
+    assert node.get_parameter('sync_wait_ms').value == 8.0
+    assert set_(('vision_every', 2)).successful
+    assert (told[-1].overlay_hz, told[-1].vision_every) == (5.0, 2)
+    node.destroy_node()
