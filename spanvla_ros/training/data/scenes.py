@@ -58,8 +58,9 @@ SHARES = {
     'turns': 0.12,
     MIX: 0.2,
 }
-# Of the drives for training; held-out drives all keep right, and stay in their lanes.
-MIRRORED_SHARE = 0.5
+# Of the drives for training; held-out drives all keep right, and stay in their lanes. No junction
+# is mirrored: coming out of a turn nothing but the side of the traffic tells which lane is ours.
+MIRRORED_SHARE = {'lane_keeping': 0.5, 'lead_vehicle': 0.5, 'pedestrian': 0.5}
 WIDE_SHARE = 0.1
 # A model fails in turns and bends rather than in front of hazards.
 ROLLOUT_SHARES = {
@@ -232,7 +233,7 @@ def _moment_rows(job: ShardJob) -> Iterator[TrainingRow]:
     first = request.seed + job.number * SEEDS_PER_SHARD
     for seed in range(first, first + SEEDS_PER_SHARD):
         family = families[int(rng.choice(len(families), p=shares / shares.sum()))]
-        flip = rng.random() < (0.0 if request.held_out else MIRRORED_SHARE)
+        flip = rng.random() < (0.0 if request.held_out else MIRRORED_SHARE.get(family, 0.0))
         for index, snapshot in enumerate(_moments(request, family, seed)):
             name = f'{family}/{seed}/{index}' + ('/mirrored' if flip else '')
             yield maker.row(mirrored(snapshot) if flip else snapshot, name, rng)
