@@ -25,7 +25,6 @@ from spanvla_ros.carla import MAP_FRAME, thin_route, to_rear_axle
 from spanvla_ros.controls import carla_control, fill_carla_control
 from spanvla_ros.messages import (
     Intrinsics,
-    fit_picture,
     read_camera_info,
     read_image,
     read_odometry,
@@ -35,6 +34,7 @@ from spanvla_ros.model.checkpoint import shipped_model_dir, write_text
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.runtime.virtual_camera import VirtualCamera
 from spanvla_ros.safety.follower import Follower
 from spanvla_ros.safety.state import Guardian, GuardianParameters
 from spanvla_ros.town.bodies import Paint
@@ -87,6 +87,7 @@ class Driver:
         self._make_control = make_control
         self._specs = {camera.name: camera for camera in config.cameras}
         self._infos: dict[str, Intrinsics] = {}
+        self._views: dict[str, VirtualCamera] = {}
         self._on_way: list[tuple[int, str]] = []
         self._ticks = 0
 
@@ -103,7 +104,7 @@ class Driver:
             elif parts[-1] == 'waypoints':
                 self._take_route(topic.message)
             elif parts[-1] == 'camera_info':
-                self._infos[parts[-2]] = read_camera_info(topic.message)
+                self._take_info(parts[-2], read_camera_info(topic.message))
             elif parts[-1] == 'image':
                 pictures_ns = self._take_picture(parts[-2], topic.message)
         if ego is None:
@@ -134,10 +135,14 @@ class Driver:
         self.builder.set_route(route)
         self.guardian.on_route(route)
 
+    def _take_info(self, name: str, info: Intrinsics) -> None:
+        if info != self._infos.get(name):
+            self._infos[name] = info
+            self._views[name] = VirtualCamera(self._specs[name], info)
+
     def _take_picture(self, name: str, message: Any) -> int:
-        info, spec = self._infos[name], self._specs[name]
-        frame = read_image(message, name, info)
-        picture = fit_picture(frame.image, info, spec.width_px, spec.height_px, spec.fov_deg)
+        frame = read_image(message, name, self._infos[name])
+        picture = self._views[name].fit(frame.image)
         self.builder.add_frame(CameraFrame(name, frame.stamp_ns, picture))
         return frame.stamp_ns
 
