@@ -301,6 +301,21 @@ def swap_directory(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def settle_directory(place: Path) -> None:
+    """Clear away what a killed `swap_directory` or writer left beside `place`.
+
+    A kill between its two renames leaves the earlier directory under its other name: it is put
+    back. Only for directories that nobody is writing now.
+    """
+    for old in sorted(place.parent.glob(f'.{place.name}.*.old')):
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(place)
+    for building in place.parent.glob(f'.{place.name}.*tmp'):
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def _arrays(module: nn.Module, kind: type[np.floating[Any]]) -> dict[str, np.ndarray]:
     return {name: p.detach().numpy().astype(kind) for name, p in module.named_parameters()}
 

@@ -7,8 +7,8 @@ function of (seed, step, process) and a resumed run sees the same batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,7 +33,9 @@ class Batch:
     `answer` holds ids padded at the end; `reasoning_weight` and `action_weight` mark which of
     them are text (with the marks around it) and which are actions. `seen` marks the answer slots
     the expert may attend to. `actions [B, T]` are the action tokens of the future, where the model
-    has a codebook. `picture_valid` is 0 where a picture was taken away.
+    has a codebook. `picture_valid` is 0 where a picture was taken away. `rows` are the rows and
+    `observations` what was made of theirs; in `kept` a stage keeps what it needs again when it
+    updates more than once on this batch.
     """
 
     images: Tensor
@@ -49,6 +51,9 @@ class Batch:
     presence: Tensor
     facts: Tensor
     picture_valid: Tensor
+    rows: tuple[TrainingRow, ...] = ()
+    observations: tuple[Observation, ...] = ()
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -108,6 +113,8 @@ def make_batch(
         picture_valid=torch.tensor(
             [[float(f is not None) for c in seen.frames for f in c] for seen in observations]
         ),
+        rows=tuple(rows),
+        observations=tuple(observations),
     )
 
 

@@ -1,11 +1,12 @@
-"""`spanvla train STAGE`: one stage of supervised training."""
+"""`spanvla train STAGE`: one stage of training, supervised or by reinforcement."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from spanvla_ros.training.loop import MODEL_DIR, STAGES, STATE_DIR, train
+from spanvla_ros.model.policy import settle_directory
+from spanvla_ros.training.loop import MODEL_DIR, REFUSED_DIR, STAGES, STATE_DIR, train
 from spanvla_ros.training.parallel import run_group
 from spanvla_ros.training.settings import load_settings
 from spanvla_ros.types import SpanvlaError
@@ -38,15 +39,20 @@ def run(options: argparse.Namespace) -> int:
         overrides.append(f'processes={options.processes}')
     settings = load_settings(options.config, overrides)
     out: Path = options.out
+    if options.resume:
+        for name in (STATE_DIR, MODEL_DIR, REFUSED_DIR):
+            settle_directory(out / name)
     if (out / STATE_DIR).exists() and not options.resume:
         raise SpanvlaError(f'{out}: holds a run already; add --resume or name another --out')
     if options.resume and not (out / STATE_DIR).exists():
         raise SpanvlaError(f'{out}: holds no run to resume; leave --resume out')
     if not settings.data:
         raise SpanvlaError(f'{options.config}: data names no shards; add --set data=DIR')
-    init = (out / MODEL_DIR) if options.resume else options.init
-    if options.stage == 'action-expert' and init is None:
-        raise SpanvlaError('train action-expert: needs a trained backbone; add --init DIR')
+    init = options.init
+    if options.resume:
+        init = out / (MODEL_DIR if (out / MODEL_DIR).exists() else REFUSED_DIR)
+    if options.stage in ('action-expert', 'grpo') and init is None:
+        raise SpanvlaError(f'train {options.stage}: needs a trained model; add --init DIR')
     out.mkdir(parents=True, exist_ok=True)
     resume = out / STATE_DIR if options.resume else None
     arguments = (options.stage, settings, out, init, resume)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from spanvla_ros.model.action_heads import fit_anchors
 from spanvla_ros.model.action_tokens import fit_codebook, segments_of
-from spanvla_ros.model.backbone.adapters import LoraSettings, attach_adapters, save_adapters
+from spanvla_ros.model.backbone.adapters import (
+    LoraSettings,
+    attach_adapters,
+    merged,
+    save_adapters,
+)
 from spanvla_ros.model.backbone.folder import is_network_folder
 from spanvla_ros.model.checkpoint import load_model_dir, read_tensors, write_tensors, write_text
 from spanvla_ros.model.config import ModelConfig, load_config, with_settings
@@ -43,18 +49,21 @@ from spanvla_ros.model.policy import (
 from spanvla_ros.training.batches import make_batch
 from spanvla_ros.training.data.shards import FACTS, ShardSet
 from spanvla_ros.training.heldout import HeldOut
+from spanvla_ros.training.lint import Finding
 from spanvla_ros.training.optimizer import Optimizer, draw_order
 from spanvla_ros.training.parallel import Group
+from spanvla_ros.training.promotion import Promotion
 from spanvla_ros.training.settings import TrainSettings
-from spanvla_ros.training.stages import action_expert, knowledge, sft
+from spanvla_ros.training.stages import action_expert, grpo, knowledge, sft
 from spanvla_ros.types import SpanvlaError
 
 STAGES: dict[str, ModuleType] = {
     'knowledge': knowledge,
     'sft': sft,
     'action-expert': action_expert,
+    'grpo': grpo,
 }
-MODEL_DIR, STATE_DIR, ADAPTERS_DIR = 'model', 'state', 'adapters'
+MODEL_DIR, STATE_DIR, ADAPTERS_DIR, REFUSED_DIR = 'model', 'state', 'adapters', 'refused'
 SETTINGS_FILE, LOG_FILE = 'config.yaml', 'log.jsonl'
 EVALUATE, STOP = 1, 2
 FIT_ROWS = 2000
@@ -99,24 +108,36 @@ def train(
     heldout = None
     if settings.heldout:
         heldout = HeldOut(ShardSet(settings.heldout), policy, settings, group)
+    promotion = None
+    if stage == 'grpo' and settings.lint_rows and group.leads:
+        if not settings.heldout:
+            raise SpanvlaError('train grpo: the lint needs heldout; give it, or lint_rows=0')
+        promotion = Promotion(ShardSet(settings.heldout), settings)
     if settings.compiled:
         compile_vision(policy)
-    weights = row_weights(shards.facts, settings)
-    if len(weights) < settings.batch:
-        raise SpanvlaError(f'{settings.data}: holds {len(weights)} rows, fewer than one batch')
-    rows = _Draw(weights, settings, group)
+    usable = np.flatnonzero(np.isin(shards.labels.astype(str), settings.labels.split()))
+    if len(usable) < settings.batch:
+        raise SpanvlaError(
+            f'{settings.data}: holds {len(usable)} rows of {settings.labels}, fewer than one batch'
+        )
+    rows = _Draw(row_weights(shards.facts[usable], settings), settings, group)
     code = 0
     while not code & STOP:
-        indices = rows.at(run.step)
+        indices = usable[rows.at(run.step)]
         seeds = [settings.seed, run.step, group.rank]
         rng = np.random.default_rng(seeds)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         batch = make_batch(shards.rows(indices), policy, settings, rng, module.ANSWERS)
-        optimizer.zero()
-        with torch.autocast('cpu', torch.bfloat16, enabled=settings.precision == 'bf16'):
-            losses = module.losses(policy, batch, settings, generator)
-        torch.stack(list(losses.values())).sum().backward()
-        share, flags = optimizer.step(group, run.share, run.step, run.next_word())
+        word = run.next_word()
+        for _ in range(settings.updates):
+            optimizer.zero()
+            with torch.autocast('cpu', torch.bfloat16, enabled=settings.precision == 'bf16'):
+                losses = module.losses(policy, batch, settings, generator)
+            check_losses(losses, run.step, [shards.where(index) for index in indices])
+            # What has no gradient is only reported.
+            minimised = [loss for loss in losses.values() if loss.requires_grad]
+            torch.stack(minimised).sum().backward()
+            share, flags = optimizer.step(group, run.share, run.step, word)
         code = int(flags)
         run.advance(share, {name: float(loss.detach()) for name, loss in losses.items()})
         if heldout is not None and code & EVALUATE:
@@ -125,8 +146,23 @@ def train(
         elif code & EVALUATE:
             run.report({})
         if run.save_due or code & STOP:
-            run.save(policy, optimizer)
+            run.save(policy, optimizer, promotion.findings(policy) if promotion else [])
     run.close()
+    if run.refused:
+        raise SpanvlaError(
+            f'{out / REFUSED_DIR}: not promoted, {run.refused}; {out / MODEL_DIR} is the last '
+            'checkpoint that was'
+        )
+
+
+def check_losses(losses: Mapping[str, torch.Tensor], step: int, rows: Sequence[str]) -> None:
+    """Refuse a loss that is not finite, naming the rows it came from."""
+    for name, loss in losses.items():
+        if not torch.isfinite(loss):
+            raise SpanvlaError(
+                f'train: loss {name} of step {step} is {float(loss.detach())}; look at '
+                f'{", ".join(rows[:4])}{" ..." if len(rows) > 4 else ""}, or lower learning_rate'
+            )
 
 
 def start_policy(settings: TrainSettings, init: Path | None) -> Policy:
@@ -270,6 +306,7 @@ class _Run:
         self._sums: dict[str, float] = {}
         self._summed = 0
         self._interrupted = False
+        self.refused = ''
         self._bar: tqdm[Any] | None = None
         self._writer: Any = None
         if group.leads:
@@ -348,20 +385,41 @@ class _Run:
                 if not isinstance(value, str):
                     self._writer.add_scalar(name, value, self.step)
 
-    def save(self, policy: Policy, optimizer: Optimizer) -> None:
-        """Write state and model directory, each whole or not at all."""
+    def save(self, policy: Policy, optimizer: Optimizer, findings: Sequence[Finding] = ()) -> None:
+        """Write state and model directory, each whole or not at all.
+
+        With findings of the lint the model is written beside the last one that had none.
+        """
         self._saved_s = self.elapsed_s
         if not self.group.leads:
             return
+        try:
+            self._write(policy, optimizer, findings)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.out / f'.{STATE_DIR}.tmp', ignore_errors=True)
+            raise SpanvlaError(
+                f'{self.out}: step {self.step} cannot be written ({error}); make room, then go on '
+                'from the last complete state with --resume'
+            ) from error
+
+    def _write(self, policy: Policy, optimizer: Optimizer, findings: Sequence[Finding]) -> None:
         elapsed_s = self.elapsed_s
-        done = {
+        done: dict[str, Any] = {
             'stage': self.stage,
             'steps': self.step,
             'rows': self.step * self.settings.batch,
             'minutes': round(elapsed_s / 60.0, 2),
             'settings': asdict(self.settings),
         }
-        save_policy(policy, self.out / MODEL_DIR, {'stages': [*self.earlier, done]})
+        self.refused = '; '.join(f'{one.check}: {one.why}' for one in findings)
+        if self.refused:
+            done['lint'] = [asdict(one) for one in findings]
+            tqdm.write(f'not promoted: {self.refused}', file=sys.stderr)
+        place = self.out / (REFUSED_DIR if self.refused else MODEL_DIR)
+        with merged(policy.expert):
+            save_policy(policy, place, {'stages': [*self.earlier, done]})
+        if not self.refused:
+            shutil.rmtree(self.out / REFUSED_DIR, ignore_errors=True)
         building = self.out / f'.{STATE_DIR}.tmp'
         building.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().numpy() for n, p in policy.named_parameters()}

@@ -13,6 +13,8 @@ import yaml
 from spanvla_ros.model.config import typed_settings
 from spanvla_ros.types import SpanvlaError
 
+ROLLOUT_POLICIES = ('tokens', 'flow')
+LABELS = ('positive', 'negative', 'recovery')
 PRECISIONS = ('fp32', 'bf16')
 TIME_SAMPLERS = ('uniform', 'beta', 'logit_normal')
 MODEL_SETTINGS = (
@@ -43,7 +45,14 @@ class TrainSettings:
     place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
     without which new tokens stay as drawn.
 
-    Rows are drawn with weight 1 + the three class weights where the row has the class.
+    Rows are drawn with weight 1 + the three class weights where the row has the class; those
+    whose label is not among `labels` never: supervised stages must not learn negatives.
+
+    GRPO: `group` answers a row of `rollout_policy` (`tokens` or `flow`) at `temperature` or with
+    `flow_noise`, `updates` steps a batch (clipped by `ratio_clip` if more than one), `kl` to the
+    reference, adapters of `lora_rank`. Each `reward_NAME` is the weight of a term of
+    `rewards.REWARDS`; `reward_scale` multiplies their sum, `reward_radius_m` is where nearness to
+    a negative or recovery ends.
     """
 
     data: str = ''
@@ -93,6 +102,27 @@ class TrainSettings:
     answer_seen: float = 0.5
     time_sampler: str = 'uniform'
     time_shift: float = -0.5
+    labels: str = 'positive recovery'
+    rollout_policy: str = 'tokens'
+    group: int = 8
+    updates: int = 1
+    ratio_clip: float = 0.2
+    kl: float = 0.04
+    temperature: float = 1.0
+    flow_noise: float = 0.3
+    reward_scale: float = 10.0
+    reward_pdms: float = 0.0
+    reward_epdms: float = 1.0
+    reward_negative: float = 0.5
+    reward_recovery: float = 0.5
+    reward_cot_length: float = 0.1
+    reward_say_do: float = 0.2
+    reward_format: float = 0.1
+    reward_goal: float = 0.0
+    reward_radius_m: float = 1.7
+    cot_center: float = 160.0
+    cot_slope: float = 0.03
+    lint_rows: int = 32
     model: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -172,6 +202,14 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: time_sampler must be one of {", ".join(TIME_SAMPLERS)}')
     if min(settings.processes, settings.threads, settings.batch, settings.draws) < 1:
         raise SpanvlaError(f'{where}: processes, threads, batch and draws must be at least 1')
+    if min(settings.group, settings.updates) < 1:
+        raise SpanvlaError(f'{where}: group and updates must be at least 1')
+    if min(settings.temperature, settings.reward_radius_m, settings.reward_scale) <= 0:
+        raise SpanvlaError(f'{where}: temperature, reward_radius_m, reward_scale must be above 0')
+    if settings.rollout_policy not in ROLLOUT_POLICIES:
+        raise SpanvlaError(f'{where}: rollout_policy must be one of {", ".join(ROLLOUT_POLICIES)}')
+    if not settings.labels.split() or not set(settings.labels.split()) <= set(LABELS):
+        raise SpanvlaError(f'{where}: labels must name some of {", ".join(LABELS)}')
     if settings.batch % settings.processes:
         raise SpanvlaError(
             f'{where}: batch {settings.batch} does not divide among {settings.processes} processes'

@@ -27,11 +27,16 @@ _PREFIX, _NAME = 'base_model.model.', 'default'
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank and scale of the adapters, and the projections of each layer that get one."""
+    """Rank and scale of the adapters, and the projections of each layer that get one.
+
+    `within` is a pattern of the names that lead to them.
+    """
 
     rank: int
     alpha: float = 16.0
     targets: tuple[str, ...] = TARGETS
+    # The eyes of some families have projections of the same names.
+    within: str = r'.*(language_model|text_model)\..*\.'
 
 
 def attach_adapters(network: nn.Module, settings: LoraSettings, seed: int = 0) -> None:
@@ -39,8 +44,7 @@ def attach_adapters(network: nn.Module, settings: LoraSettings, seed: int = 0) -
     lora = _peft().LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        # The eyes of some families have projections of the same names.
-        target_modules=rf'.*(language_model|text_model)\..*\.({"|".join(settings.targets)})',
+        target_modules=rf'{settings.within}({"|".join(settings.targets)})',
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -144,8 +144,13 @@ def write_shard(path: str | Path, rows: Sequence[TrainingRow]) -> None:
     )
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     # JPEG does not compress further; the few numbers beside it are not worth the time.
-    pq.write_table(table, temporary, compression='none', use_dictionary=False)
-    os.replace(temporary, path)
+    try:
+        pq.write_table(table, temporary, compression='none', use_dictionary=False)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SpanvlaError(f'{path}: cannot be written ({error}); make room') from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class ShardSet:
@@ -209,7 +214,12 @@ class ShardSet:
 
     def _row(self, index: int) -> TrainingRow:
         shard, row = self._place(index)
-        return shard.row(row)
+        try:
+            return shard.row(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise SpanvlaError(
+                f'{shard.file} row {row}: cannot be read ({error}); draw the shard again'
+            ) from error
 
     def _texts(self, name: str) -> np.ndarray:
         return np.concatenate(
@@ -232,7 +242,7 @@ class _Shard:
                 raise SpanvlaError(f'{file}: is of version {about["version"]}; draw it again')
             self.cameras: list[str] = about['cameras']
             self._read(table)
-        except (KeyError, ValueError, pa.ArrowException) as error:
+        except (KeyError, ValueError, OSError, pa.ArrowException) as error:
             raise SpanvlaError(
                 f'{file}: not a shard of this project ({str(error).splitlines()[0]:.80}); '
                 'draw it again with `spanvla scenes`'
@@ -241,11 +251,15 @@ class _Shard:
     def _read(self, table: pa.Table) -> None:
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         self._count = table.num_rows
+        for name in ('future', 'history', 'ego', 'facts', 'presence', 'jpeg'):
+            self._refuse(columns[name].is_null().to_numpy(zero_copy_only=False), name)
         self.texts = {name: columns[name].to_pylist() for name in _TEXTS}
         self.numbers = {
             name: columns[name].flatten().to_numpy(zero_copy_only=False).reshape(self._count, -1)
             for name in ('ego', 'history', 'history_valid', 'future', 'presence', 'facts')
         }
+        futures = self.numbers['future']
+        self._refuse(~np.isfinite(futures).all(axis=1) | (futures.shape[1] == 0), 'future')
         self._stamps = columns['stamp_ns'].to_numpy()
         self._ego_stamps = columns['ego_stamp_ns'].to_numpy()
         self._reasoning_stamps = columns['seen_reasoning_stamp_ns'].to_pylist()
@@ -259,6 +273,13 @@ class _Shard:
         self.scored = np.zeros(self._count, dtype=bool)
         if self._scoring is not None:
             self.scored = self._scoring.is_valid().to_numpy(zero_copy_only=False)
+
+    def _refuse(self, lacking: Bool[np.ndarray, ' n'], name: str) -> None:
+        if lacking.any():
+            row = int(np.argmax(lacking))
+            raise SpanvlaError(
+                f'{self.file} row {row}: has no {name} that is finite; draw the shard again'
+            )
 
     def __len__(self) -> int:
         return self._count
