@@ -32,7 +32,6 @@ from spanvla_ros.model.backbone.adapters import (
 )
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training import flow_policy, token_policy
-from spanvla_ros.training.adapters import adapters_off
 from spanvla_ros.training.batches import Batch
 from spanvla_ros.training.rewards import REWARDS, Asked, GroupReward, Rollout, group_reward
 from spanvla_ros.training.settings import TrainSettings
