@@ -54,8 +54,9 @@ class Grammar:
         """Read it off the layout and the head; expert heads speak action tokens."""
         self.layout, self.config = policy.layout, policy.config
         head = head_of(self.config)
-        self.head = head if isinstance(head, AnswerHead) else HEADS['tokens']
-        assert isinstance(self.head, AnswerHead)
+        said = head if isinstance(head, AnswerHead) else HEADS['tokens']
+        assert isinstance(said, AnswerHead)
+        self.head = said
         vocabulary = policy.backbone.network.lm_head.weight.shape[0]
         words = torch.from_numpy(self.layout.reasoning_mask(vocabulary))
         action = torch.zeros(vocabulary, dtype=torch.bool)
@@ -222,11 +223,14 @@ def extend(
     text = backbone.text
     x = text.embed_tokens(ids)
     slots, length = keys.shape[3], ids.shape[1]
-    cos, sin = (table[slots : slots + length][:, None] for table in (backbone.cos, backbone.sin))
+    cos, sin, causal = backbone.cos, backbone.sin, backbone.causal
+    assert isinstance(cos, Tensor)
+    assert isinstance(sin, Tensor)
+    assert isinstance(causal, Tensor)
+    cos, sin = (table[slots : slots + length][:, None] for table in (cos, sin))
     open_slots = torch.cat([valid, there], 1)
     bias = ((1.0 - open_slots) * MASKED)[:, None, None, :].expand(-1, 1, length, -1)
-    causal = functional.pad(backbone.causal[:length, :length], (slots, 0))
-    bias = bias + causal
+    bias = bias + functional.pad(causal[:length, :length], (slots, 0))
     for index, layer in enumerate(text.layers):
         y = functional.rms_norm(x, (x.shape[-1],), layer.input_layernorm.weight, backbone.epsilon)
         k, v = backbone._keys_values(layer.self_attn, y, cos, sin)
