@@ -147,6 +147,7 @@ class Plan:
     reasoning_stamp_ns: int | None = None
     decision: str = ''
     agreement: bool | None = None
+    think_alarm: str = ''
     history: tuple[tuple[float, float, float], ...] = ()
     history_valid: tuple[bool, ...] = ()
     route: tuple[tuple[float, float], ...] | None = None
@@ -234,6 +235,7 @@ def _plan_from_fields(raw: dict[str, Any]) -> Plan:
         reasoning_stamp_ns=None if reasoning_stamp is None else _integer(reasoning_stamp),
         decision=_string(raw['decision']),
         agreement=agreement,
+        think_alarm=_string(raw.get('think_alarm', '')),
         history=tuple(_triple(pose) for pose in raw['history']),
         history_valid=tuple(_flag(good) for good in raw.get('history_valid', ())),
         route=_route_points(raw.get('route')),

@@ -49,7 +49,7 @@ def draw_overlay(picture: UInt8[np.ndarray, 'h w 3'], plan: Plan, camera: Camera
 
 
 def reasoning_json(plan: Plan, now_ns: int) -> str:
-    """What `output/reasoning` says: text, decision, thinking mode, stamp and age, agreement."""
+    """What `output/reasoning` says: text, decision, kind of thinking, age, agreement, alarm."""
     stamp_ns = plan.reasoning_stamp_ns
     return json.dumps(
         {
@@ -61,6 +61,7 @@ def reasoning_json(plan: Plan, now_ns: int) -> str:
             'age_s': None if stamp_ns is None else round((now_ns - stamp_ns) / 1e9, 3),
             'plan_stamp_ns': plan.trajectory.stamp_ns,
             'agreement': plan.agreement,
+            'alarm': plan.think_alarm,
             'driver': plan.driver,
         },
         allow_nan=False,

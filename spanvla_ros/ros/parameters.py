@@ -188,6 +188,15 @@ class PlannerSettings:
     vision_every: int = setting(
         1, 'encode pictures on every n-th frame', low=1, high=10, live=True
     )
+    think_tokens: int = setting(
+        0, 'most tokens of one reasoning; 0 takes the room of the model', low=0, high=4096
+    )
+    think_budget: int = setting(
+        0, 'tokens of reasoning a drive may take, then it is fast; 0 is no end', low=0, high=10**7
+    )
+    think_window: int = setting(
+        100, 'reasonings that the think rate and its alarm look back on', low=1, high=10**5
+    )
     output_frame: str = setting('odom', 'frame of odometry, route and plan')
     input_timeout_s: float = setting(
         0.5, 'an input older than this is reported as stale', low=0.05, high=60.0

@@ -38,6 +38,7 @@ from spanvla_ros.ros.planner_inputs import PlannerInputs
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.runtime.thinking import ThinkLimits
 from spanvla_ros.types import CameraFrame, Plan, SpanvlaError
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -163,6 +164,9 @@ class PlannerNode(LifecycleNode):
             schedule=None if settings.schedule == 'model' else settings.schedule,
             steps=settings.steps or None,
             vision_every=settings.vision_every,
+            limits=ThinkLimits(
+                settings.think_tokens, settings.think_budget, settings.think_window
+            ),
             frame_id=settings.output_frame,
         )
         # What is loaded now stays: the collector need not look at it again in every pass.
@@ -313,7 +317,9 @@ class PlannerNode(LifecycleNode):
                 'backend': model.backend.name,
                 'schedule': model.schedule,
                 'pictures_encoded': str(model.pictures_encoded),
-                'think_rate': f'{model.meter.slow_share:.2f}',
+                'think_rate': _rate(model.meter.slow_rate),
+                'think_alarm': model.meter.alarm,
+                'think_tokens': str(model.meter.drive_tokens),
                 'tokens_per_s': f'{model.meter.tokens_per_s:.0f}',
             }
         if self._plan_fault and time.monotonic() - self._plan_fault_s < 5.0:
@@ -322,10 +328,16 @@ class PlannerNode(LifecycleNode):
             level, text = WARN, self._loading or 'not configured'
         elif self._degraded:
             level, text = WARN, 'degraded: ' + ', '.join(self._degraded)
+        elif model.meter.alarm:
+            level, text = WARN, model.meter.alarm
         else:
             level, text = OK, 'ok'
         lines.append(status('plan', level, text, values))
         self._diagnostics.publish(lines)
+
+
+def _rate(share: float | None) -> str:
+    return 'none yet' if share is None else f'{share:.2f}'
 
 
 def make_planner_node() -> PlannerNode:

@@ -45,11 +45,10 @@ from spanvla_ros.runtime.reasoner import (
     AnswerCache,
     Prompt,
     Reasoner,
-    Reasoning,
-    ThinkMeter,
     padded,
 )
 from spanvla_ros.runtime.settling import settled
+from spanvla_ros.runtime.thinking import Reasoning, ThinkLimits, ThinkMeter
 from spanvla_ros.types import (
     SCHEDULES,
     CameraFrame,
@@ -105,6 +104,7 @@ class Planner:
         schedule: str | None = None,
         steps: int | None = None,
         vision_every: int = 1,
+        limits: ThinkLimits | None = None,
         model_sha256: str = '',
         frame_id: str = 'odom',
     ) -> None:
@@ -118,6 +118,7 @@ class Planner:
             steps: Euler steps; None takes the model's own.
             vision_every: encode pictures on every n-th frame; between them the expert runs on
                 K/V no older than the model's `kv_max_age_s`.
+            limits: bounds on thinking; None is none.
             model_sha256: the model's name for the plans' record.
             frame_id: name of the odometry frame.
         """
@@ -138,7 +139,7 @@ class Planner:
         self._head = head_of(config)
         self.model_sha256 = model_sha256
         self._frame_id = frame_id
-        self._reasoner = Reasoner(backend, layout)
+        self._reasoner = Reasoner(backend, layout, limits)
         self._plans = 0
         self.pictures_encoded = 0
         self.reset()
@@ -151,6 +152,7 @@ class Planner:
         schedule: str | None = None,
         steps: int | None = None,
         vision_every: int = 1,
+        limits: ThinkLimits | None = None,
         frame_id: str = 'odom',
     ) -> Planner:
         """Verify a model directory, load it on an engine and warm it up."""
@@ -163,6 +165,7 @@ class Planner:
             schedule=schedule,
             steps=steps,
             vision_every=vision_every,
+            limits=limits,
             model_sha256=directory.sha256,
             frame_id=frame_id,
         )
@@ -195,6 +198,7 @@ class Planner:
         self._reasoning: Reasoning | None = None
         self._since_vision = 0
         self._reasoner.reset()
+        self.meter.new_drive()
 
     def warm_up(self) -> None:
         """Run every graph once on a blank observation, then forget it."""
@@ -436,6 +440,7 @@ class Planner:
             reasoning_stamp_ns=bridge.reasoning_stamp_ns,
             decision=str(meta_action(times_s, poses, done.speed_mps, done.command)),
             agreement=self._said_and_done(bridge, done),
+            think_alarm=self.meter.alarm,
             history=tuple((x, y, yaw) for x, y, yaw in observation.history.tolist()),
             history_valid=tuple(observation.history_valid.tolist()),
             route=None if route is None else tuple((x, y) for x, y in route.tolist()),

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float32, Int64
 from spanvla_ros.model.action_heads import AnswerHead
 from spanvla_ros.model.prompt import FAST_TEXT, PromptLayout
 from spanvla_ros.runtime.backend import Backend
+from spanvla_ros.runtime.thinking import Reasoning, ThinkLimits, ThinkMeter
 from spanvla_ros.types import PlanError
 
 ENDING_TOKENS = 2
@@ -32,21 +33,6 @@ class Prompt:
     ids: Int64[np.ndarray, '1 p']
     embeds: Float32[np.ndarray, 'i d']
     valid: Float32[np.ndarray, '1 p']
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A finished reasoning; `text` is empty where the model chose fast thinking.
-
-    `agreement`: whether its decision is that of the plan made from the same picture; None where
-    it names none, or before that was asked.
-    """
-
-    stamp_ns: int
-    text: str
-    thinking: str
-    tokens: int
-    agreement: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -127,41 +113,18 @@ class Answer:
         self.length, self.logits = length, logits
 
 
-@dataclass
-class ThinkMeter:
-    """How often the model chose slow thinking, and how fast it reasons."""
-
-    slow: int = 0
-    fast: int = 0
-    tokens: int = 0
-    spent_s: float = 0.0
-
-    def count(self, reasoning: Reasoning) -> None:
-        """Count a finished reasoning."""
-        self.slow += reasoning.thinking == 'slow'
-        self.fast += reasoning.thinking == 'fast'
-
-    @property
-    def slow_share(self) -> float:
-        """Share of finished reasonings that were slow, 0 before the first."""
-        return self.slow / max(1, self.slow + self.fast)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decoded tokens in a second of decoding."""
-        return self.tokens / self.spent_s if self.spent_s > 0 else 0.0
-
-
 class Reasoner:
     """One reasoning episode at a time; `advance` works on it within a budget."""
 
-    def __init__(self, backend: Backend, layout: PromptLayout) -> None:
-        """Work with `backend` and the token layout of its model."""
+    def __init__(
+        self, backend: Backend, layout: PromptLayout, limits: ThinkLimits | None = None
+    ) -> None:
+        """Work with `backend` and the token layout of its model, within `limits`."""
         self._backend = backend
         self._layout = layout
-        self._fast_words = layout.encode_answer('', 'fast')[1:-2]
+        self._template = layout.encode_answer('', 'fast')[1:-1]
         self._text_mask: Bool[np.ndarray, 'v'] | None = None
-        self.meter = ThinkMeter()
+        self.meter = ThinkMeter(limits or ThinkLimits())
         self.reset()
 
     def reset(self) -> None:
@@ -169,6 +132,7 @@ class Reasoner:
         self._prompt: Prompt | None = None
         self._answer: Answer | None = None
         self._said: list[int] = []
+        self._forced = False
         self._operation_s = 0.0
 
     @property
@@ -182,18 +146,24 @@ class Reasoner:
         valid = prompt.valid.copy()
         valid[:, self._layout.slot] = 0.0
         self._prompt = Prompt(prompt.stamp_ns, prompt.ids, prompt.embeds, valid)
+        self._forced = self.meter.spent
 
     def advance(self, budget_ms: float, tokens: int | None = None) -> Reasoning | None:
         """Work on the episode; returns it when it ends.
 
         Does at least one graph call, and starts no further one that would, by the time of the
-        last, end after the budget. With `tokens` the work does not depend on the clock if the
-        budget is infinite.
+        last, end after the budget. Where the drive's tokens are spent it ends at once, as fast.
+        With `tokens` the work does not depend on the clock if the budget is infinite.
 
         Args:
             budget_ms: wall time to stay within.
             tokens: most tokens to decode in this slice.
         """
+        if self._forced and self._prompt is not None:
+            finished = Reasoning(self._prompt.stamp_ns, '', 'fast', 0, forced=True)
+            self.meter.count(finished)
+            self.reset()
+            return finished
         began = time.perf_counter()
         done = 0
         while self.busy and (tokens is None or done < tokens):
@@ -257,15 +227,25 @@ class Reasoner:
             answer.feed(layout.think_id)
             return None
         token = self._choose(answer.logits[0])
-        room = self._backend.config.answer_tokens - ENDING_TOKENS
-        if len(self._said) >= room:
+        if self._forced:
+            words = len(self._said) - 1
+            token = int(self._template[words])
+        elif len(self._said) >= self._room or self.meter.spent:
             token = layout.think_end_id
         self._said.append(token)
-        self.meter.tokens += 1
+        if not self._forced:
+            self.meter.said()
         if token in (layout.think_end_id, layout.action_start_id):
             return self._finished()
         answer.feed(token)
         return None
+
+    @property
+    def _room(self) -> int:
+        """Most tokens of a reasoning before its end, `<think>` among them."""
+        room = self._backend.config.answer_tokens - ENDING_TOKENS
+        budget = self.meter.limits.reasoning_tokens
+        return min(room, budget + 1) if budget else room
 
     def _choose(self, logits: Float32[np.ndarray, 'v']) -> int:
         if self._text_mask is None or len(self._text_mask) != len(logits):
@@ -273,7 +253,7 @@ class Reasoner:
         return int(np.argmax(np.where(self._text_mask, logits, -np.inf)))
 
     def _is_fast(self, words: list[int]) -> bool:
-        return bool(words) and words[0] == int(self._fast_words[0])
+        return bool(words) and words[0] == int(self._template[0])
 
     def _finished(self) -> Reasoning:
         assert self._prompt is not None
@@ -285,6 +265,7 @@ class Reasoner:
             '' if text.startswith(FAST_TEXT) else text,
             'fast' if fast else 'slow',
             len(self._said),
+            self._forced,
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spanvla_ros.model.action_heads import HEADS, AnswerHead, head_of
+from spanvla_ros.model.backbone import Prefix
 from spanvla_ros.model.flow import encode_trajectory, source_path
 from spanvla_ros.model.inputs import ego_features, fitted
 from spanvla_ros.model.policy import Policy
@@ -35,7 +36,8 @@ class Batch:
     the expert may attend to. `actions [B, T]` are the action tokens of the future, where the model
     has a codebook. `picture_valid` is 0 where a picture was taken away. `rows` are the rows and
     `observations` what was made of theirs; in `kept` a stage keeps what it needs again when it
-    updates more than once on this batch.
+    updates more than once on this batch. `prefix` holds the bridged K/V of prompt and answer where
+    they come from a cache.
     """
 
     images: Tensor
@@ -54,6 +56,7 @@ class Batch:
     rows: tuple[TrainingRow, ...] = ()
     observations: tuple[Observation, ...] = ()
     kept: dict[str, Any] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def __len__(self) -> int:
         """Number of rows."""

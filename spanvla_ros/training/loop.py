@@ -49,6 +49,7 @@ from spanvla_ros.model.policy import (
 from spanvla_ros.training.batches import make_batch
 from spanvla_ros.training.data.shards import FACTS, ShardSet
 from spanvla_ros.training.heldout import HeldOut
+from spanvla_ros.training.kv_cache import open_cache
 from spanvla_ros.training.lint import Finding
 from spanvla_ros.training.optimizer import Optimizer, draw_order
 from spanvla_ros.training.parallel import Group
@@ -120,14 +121,27 @@ def train(
         raise SpanvlaError(
             f'{settings.data}: holds {len(usable)} rows of {settings.labels}, fewer than one batch'
         )
-    rows = _Draw(row_weights(shards.facts[usable], settings), settings, group)
+    weights = row_weights(shards.facts[usable], settings)
+    cached = None
+    if settings.cache:
+        if stage != 'action-expert':
+            raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
+        usable = usable[draw_order(weights, 0, 0)][: settings.cache_rows or None]
+        cached = open_cache(Path(settings.cache), policy, shards, usable, settings)
+        # The cached rows were drawn by their weights.
+        weights = np.ones(len(cached))
+    rows = _Draw(weights, settings, group)
     code = 0
     while not code & STOP:
-        indices = usable[rows.at(run.step)]
+        drawn = rows.at(run.step)
+        indices = usable[drawn]
         seeds = [settings.seed, run.step, group.rank]
         rng = np.random.default_rng(seeds)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        batch = make_batch(shards.rows(indices), policy, settings, rng, module.ANSWERS)
+        if cached is None:
+            batch = make_batch(shards.rows(indices), policy, settings, rng, module.ANSWERS)
+        else:
+            batch = cached.at(drawn)
         word = run.next_word()
         for _ in range(settings.updates):
             optimizer.zero()
@@ -174,7 +188,9 @@ def start_policy(settings: TrainSettings, init: Path | None) -> Policy:
         return policy_from_folder(init, config, settings.seed, **settings.model)
     policy = open_model(init)
     config = with_settings(policy.config, **settings.model)
-    return policy if config == policy.config else with_config(policy, config, settings.seed)
+    if config == policy.config and not settings.fresh_expert:
+        return policy
+    return with_config(policy, config, settings.seed)
 
 
 def open_model(path: Path) -> Policy:

@@ -39,7 +39,11 @@ class TrainSettings:
 
     `model` changes the configuration of the model that is trained; in a file and in overrides its
     names stand beside the others (`head`, `interval`, `source`, `waypoints`, ...). A changed model
-    keeps its backbone and starts from a fresh expert.
+    keeps its backbone and starts from a fresh expert; with `fresh_expert` so does an unchanged
+    one.
+
+    `cache` names a folder for the K/V of `cache_rows` rows (0 takes all), for the action-expert
+    stage on a frozen backbone: `training.kv_cache`.
 
     `lora_rank` above zero trains low-rank adapters on `lora_targets` of the language model in
     place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
@@ -100,6 +104,9 @@ class TrainSettings:
     slot_empty: float = 0.5
     slot_foreign: float = 0.15
     answer_seen: float = 0.5
+    fresh_expert: bool = False
+    cache: str = ''
+    cache_rows: int = 0
     time_sampler: str = 'uniform'
     time_shift: float = -0.5
     labels: str = 'positive recovery'
@@ -198,6 +205,8 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: give either steps or minutes, above zero')
     if settings.precision not in PRECISIONS:
         raise SpanvlaError(f'{where}: precision must be one of {", ".join(PRECISIONS)}')
+    if settings.cache and (settings.processes > 1 or settings.end_to_end):
+        raise SpanvlaError(f'{where}: cache needs processes 1 and end_to_end false')
     if settings.time_sampler not in TIME_SAMPLERS:
         raise SpanvlaError(f'{where}: time_sampler must be one of {", ".join(TIME_SAMPLERS)}')
     if min(settings.processes, settings.threads, settings.batch, settings.draws) < 1:

@@ -9,6 +9,8 @@ from spanvla_ros.model.config import ModelConfig, with_settings
 from spanvla_ros.model.flow import Normalization
 from spanvla_ros.runtime.backend import open_backend
 from spanvla_ros.runtime.reasoner import Prompt, Reasoner
+from spanvla_ros.runtime.thinking import Reasoning, ThinkLimits, ThinkMeter
+from spanvla_ros.types import SpanvlaError
 
 from .conftest import SAID, build_toy
 
@@ -115,3 +117,61 @@ def test_drawn_answers_hold_no_invalid_one(tmp_path, samples):
     assert answer.length == len(toy.layout.encode_answer('', 'fast'))
     assert said <= {*toy.layout.action_ids.tolist(), toy.layout.turn_end_id}
     assert len(said) > min(samples, 256)
+
+
+def test_a_reasoning_ends_at_its_own_budget(toy):
+    limits = ThinkLimits(reasoning_tokens=5)
+    reasoner = Reasoner(open_backend(toy.path, 'onnxruntime'), toy.layout, limits)
+    reasoner.start(prompt_of(toy))
+    said = reasoner.advance(float('inf'))
+    assert said.text == ' '.join(WORDS.split()[:5])
+    assert (said.thinking, said.forced) == ('slow', False)
+
+
+def test_a_spent_drive_thinks_fast_without_asking_the_model(toy):
+    limits = ThinkLimits(drive_tokens=12)
+    reasoner = Reasoner(open_backend(toy.path, 'onnxruntime'), toy.layout, limits)
+    first, second, third = (_said(reasoner, toy) for _ in range(3))
+    # Eleven tokens with the end mark are one whole reasoning; one word more is all that is left.
+    assert first.text == WORDS
+    assert second.text == WORDS.split()[0]
+    assert reasoner.meter.drive_tokens >= 12
+    spent = reasoner.meter.tokens
+    assert (third.thinking, third.forced, third.tokens) == ('fast', True, 0)
+    assert reasoner.meter.tokens == spent
+    assert 'tokens are spent' in reasoner.meter.alarm
+    whole, answer = reasoner.run(prompt_of(toy))
+    assert (whole.text, whole.thinking, whole.forced) == ('', 'fast', True)
+    fast = toy.layout.encode_answer('', 'fast')
+    start = toy.config.prompt_tokens
+    np.testing.assert_allclose(
+        answer.cache.keys[1, 0, 0, start : start + len(fast), 1], fast * 1e-3, rtol=1e-6
+    )
+    reasoner.meter.new_drive()
+    assert _said(reasoner, toy).text == WORDS
+
+
+def _said(reasoner, toy):
+    reasoner.start(prompt_of(toy))
+    return reasoner.advance(float('inf'))
+
+
+def test_the_meter_looks_back_on_a_window_and_tells_when_slow_thinking_has_died_out():
+    meter = ThinkMeter(ThinkLimits(window=4))
+    assert meter.slow_rate is None
+    assert meter.alarm == ''
+    for thinking in ('slow', 'fast', 'fast'):
+        meter.count(Reasoning(0, '', thinking, 3))
+    assert meter.slow_rate == pytest.approx(1 / 3)
+    for _ in range(2):
+        meter.count(Reasoning(0, '', 'fast', 3))
+    # The slow one has left the window of four; what was forced never was in it.
+    assert meter.slow_rate == 0.0
+    assert meter.slow_share == pytest.approx(1 / 5)
+    assert meter.alarm == 'slow thinking has died out: none in the last 4'
+    meter.count(Reasoning(0, '', 'fast', 0, forced=True))
+    assert (meter.fast, meter.forced) == (4, 1)
+    meter.count(Reasoning(0, 'red light', 'slow', 3))
+    assert meter.alarm == ''
+    with pytest.raises(SpanvlaError, match='window at least 1'):
+        ThinkLimits(window=0)

@@ -11,9 +11,9 @@ from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample
 TEXT = 'lead vehicle 15 m braking ; decelerate , keep lane ; because lead vehicle braking'
 
 
-def random_rows(count, seed):
+def random_rows(count, seed, config=None):
     rng = np.random.default_rng(seed)
-    config = ModelConfig()
+    config = config or ModelConfig()
     return [_row(index, config, rng) for index in range(count)]
 
 
@@ -51,7 +51,7 @@ def _row(index, config, rng):
     return TrainingRow(sample, rng.random((96, 7)) < 0.1, facts)
 
 
-def write_shards(folder, count, seed):
+def write_shards(folder, count, seed, config=None):
     folder.mkdir(parents=True)
-    write_shard(folder / 'scenes-0000.parquet', random_rows(count, seed))
+    write_shard(folder / 'scenes-0000.parquet', random_rows(count, seed, config))
     return folder

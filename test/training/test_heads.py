@@ -251,7 +251,7 @@ def test_greedy_tokens_are_those_of_one_causal_pass(start, shards):
 def test_every_head_drives_in_lockstep(start, shards, head):
     policy = headed(start, shards, head)
     world = make_world('lane_keeping', 1_000_001)
-    world.around = replace(world.around, time_limit_s=3.0)
+    world.around = replace(world.around, time_limit_s=2.75)
     result = run_episode(
         world,
         planner_of(policy, 'concurrent'),
@@ -300,3 +300,66 @@ def test_a_malformed_answer_yields_no_plan_but_a_reason(start, shards):
     assert 'no plan' in str(caught.value)
     # No trajectory was made of it, and the next picture is a new chance.
     assert planner._plans == 0
+
+
+@pytest.mark.parametrize(
+    ('sampler', 'quartiles'),
+    [
+        ('uniform', (0.25, 0.5, 0.75)),
+        # Of 1 - Beta(1.5, 1): 1 - (1 - p)^(2/3).
+        ('beta', (0.1745, 0.3700, 0.6031)),
+        # Of a normal around -0.5: 1 / (1 + exp(0.5 - z)), z = -0.6745, 0, 0.6745.
+        ('logit_normal', (0.2360, 0.3775, 0.5435)),
+    ],
+)
+def test_flow_times_are_drawn_as_the_sampler_says(sampler, quartiles):
+    settings = TrainSettings(time_sampler=sampler)
+    times = draw_times(settings, (200, 200), torch.Generator().manual_seed(0))
+    assert float(times.min()) >= 0.0
+    assert float(times.max()) < 1.0
+    found = np.quantile(times.numpy(), [0.25, 0.5, 0.75])
+    np.testing.assert_allclose(found, quartiles, atol=0.01)
+
+
+@pytest.mark.parametrize(('source', 'spread'), [('history', 0.3 * 1.09**0.5), ('gaussian', 1.0)])
+def test_noise_stands_at_the_source_in_training_only(start, shards, source, spread):
+    policy = headed(start, shards, 'flow', source=source)
+    batch = make_batch(random_rows(2, 7), policy, TrainSettings(), None)
+    batch.target[:] = 0.0
+    starts = []
+
+    def expert(state, time, ego, keys, values, valid):
+        # The target is zero, so the state is the start shrunk by the time that is left.
+        gone = draw_times(settings, (2, 400), torch.Generator().manual_seed(3))
+        starts.append(state / (1.0 - gone[..., None, None]))
+        return torch.zeros_like(state)
+
+    class Recording:
+        config = policy.config
+
+    Recording.expert = staticmethod(expert)
+    settings = TrainSettings(draws=400)
+    prefix = sft.Prefix(torch.zeros(3, 2, 1, 1, 1), torch.zeros(3, 2, 1, 1, 1))
+    generator = torch.Generator().manual_seed(3)
+    expert_losses(Recording, prefix, torch.ones(2, 1), batch, settings, generator)
+    assert float(starts[0].std()) == pytest.approx(spread, rel=0.05)
+    # Planning starts at the source itself, or at one draw that is always the same.
+    one, two = (planner_of(policy).plan(seen_of(random_rows(1, 5)[0])) for _ in range(2))
+    assert np.array_equal(one.trajectory.poses, two.trajectory.poses)
+
+
+def test_fifty_waypoints_train_and_plan(start, tmp_path, capfd):
+    config = with_settings(ModelConfig(), waypoints=50)
+    shards = write_shards(tmp_path / 'train', 8, 0, config)
+    write_shards(tmp_path / 'heldout', 4, 1, config)
+    run = tmp_path / 'run'
+    assert train('action-expert', run, shards, 'waypoints=50', 'steps=1', init=start) == 0
+    policy = load_policy(run / 'model')
+    assert policy.normalization.std.shape == (50, 3)
+    planner = planner_of(policy)
+    for steps in (1, 5):
+        planner.steps = steps
+        plan = planner.plan(seen_of(random_rows(1, 5, config)[0]))
+        assert plan.trajectory.poses.shape == (50, 3)
+        np.testing.assert_allclose(plan.trajectory.times_s[[0, 49]], [0.1, 5.0])
+    capfd.readouterr()

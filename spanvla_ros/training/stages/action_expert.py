@@ -1,5 +1,6 @@
 """Stage 3: the action expert alone on a frozen backbone, many flow draws a scene on one prefill.
 
+Where `cache` names a folder, K/V are read from there (`training.kv_cache`).
 With `end_to_end` the backbone is trained along by the flow loss, picture targets on.
 """
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spanvla_ros.model.action_heads import AnswerHead, head_of
+from spanvla_ros.model.backbone import Prefix
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.batches import Batch
 from spanvla_ros.training.objectives import expert_losses, picture_loss
@@ -33,10 +35,14 @@ def losses(
     policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The weighted losses of one batch by name; their sum is minimised."""
+    valid = slots(policy, batch, settings)
+    if batch.prefix is not None:
+        length = valid.shape[1]
+        cached = Prefix(batch.prefix.keys[..., :length, :], batch.prefix.values[..., :length, :])
+        return expert_losses(policy, cached, valid, batch, settings, generator)
     with torch.set_grad_enabled(settings.end_to_end):
         prefix, embeds, prompt = run_backbone(policy, batch, settings, policy.backbone.bridged)
     bridged = bridge(policy, prefix, batch, prompt, detach=not settings.end_to_end)
-    valid = slots(policy, batch, settings)
     found = expert_losses(policy, bridged, valid, batch, settings, generator)
     if settings.end_to_end and embeds is not None and settings.auxiliary_weight > 0:
         found['picture'] = settings.auxiliary_weight * picture_loss(policy, embeds, batch)

@@ -1,0 +1,189 @@
+"""Training the expert on K/V cached from the frozen backbone.
+
+The backbone is nine tenths of a step of the action-expert stage, and with it frozen its K/V of a
+row are the same every time, but for the noise on its inputs. So a number of rows are prefilled
+once, each with one draw of that noise, for all layers, and stored; every run on the same backbone
+and rows, whatever its head, interval, source or time sampler, reads them from there.
+
+The price is less augmentation: a row that comes again comes with the same noise on its prompt
+(flow times and noise of the flow are drawn anew). K/V are stored in fp16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from spanvla_ros.model.backbone import Prefix
+from spanvla_ros.model.checkpoint import write_text
+from spanvla_ros.model.policy import Policy
+from spanvla_ros.training.batches import Batch, make_batch
+from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.training.stages.sft import run_backbone
+from spanvla_ros.types import SpanvlaError
+
+CHUNK = 32
+ABOUT_FILE = 'cache.json'
+# What decides the K/V of a row, beside the backbone, the rows and their prompts.
+NOISE = (
+    'blind', 'camera_drop', 'history_drop', 'route_drop', 'route_noise_m', 'history_noise_m',
+    'slot_empty', 'slot_foreign', 'answer_seen',
+)  # fmt: skip
+# Runs of every seed share one cache.
+NOISE_SEED = 0
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Rows with their K/V: `keys` and `values` are `[rows, layers, kv, slots, size]` on disk."""
+
+    batch: Batch
+    keys: np.ndarray
+    values: np.ndarray
+    layers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.batch)
+
+    def at(self, indices: np.ndarray) -> Batch:
+        """A batch of some rows with the K/V of the bridged layers."""
+        chosen = torch.from_numpy(indices)
+        keys, values = (
+            torch.from_numpy(stored[indices][:, list(self.layers)].astype(np.float32))
+            for stored in (self.keys, self.values)
+        )
+        prefix = Prefix(keys.transpose(0, 1), values.transpose(0, 1))
+        return replace(_picked(self.batch, chosen), prefix=prefix)
+
+
+def open_cache(
+    folder: Path, policy: Policy, shards: ShardSet, rows: np.ndarray, settings: TrainSettings
+) -> KvCache:
+    """The cache in `folder`, made first where there is none.
+
+    Args:
+        folder: where it is or will be.
+        policy: its backbone is frozen; its head says what the batches hold.
+        shards: the training rows.
+        rows: which of them.
+        settings: noise on the inputs.
+
+    Raises:
+        SpanvlaError: the folder holds K/V of another backbone, of other rows or other noise.
+    """
+    about = _about(policy, shards, rows, settings)
+    batches = _batches(policy, shards, rows, settings)
+    if (folder / ABOUT_FILE).exists():
+        found = json.loads((folder / ABOUT_FILE).read_text(encoding='utf-8'))
+        if odd := sorted(name for name in about if found.get(name) != about[name]):
+            raise SpanvlaError(
+                f'{folder}: holds K/V of another {", ".join(odd)}; name another --set cache=DIR'
+            )
+        known = [_without_images(batch) for batch in batches]
+    else:
+        known = _make(folder, policy, batches, len(rows), settings)
+        write_text(folder / ABOUT_FILE, json.dumps(about, indent=1) + '\n')
+    keys, values = (np.load(folder / f'{name}.npy', mmap_mode='r') for name in ('keys', 'values'))
+    return KvCache(_joined(known), keys, values, policy.backbone.bridged)
+
+
+def _about(
+    policy: Policy, shards: ShardSet, rows: np.ndarray, settings: TrainSettings
+) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, weight in sorted(policy.backbone.named_parameters()):
+        digest.update(name.encode() + weight.detach().numpy().tobytes())
+    chosen = '\n'.join(str(shards.scene_ids[row]) for row in rows)
+    layout = policy.config
+    return {
+        'backbone': digest.hexdigest(),
+        'rows': hashlib.sha256(chosen.encode()).hexdigest(),
+        'noise': [getattr(settings, name) for name in NOISE],
+        'prompt': [layout.prompt_tokens, layout.reasoning_slot, layout.answer_tokens],
+    }
+
+
+def _batches(
+    policy: Policy, shards: ShardSet, rows: np.ndarray, settings: TrainSettings
+) -> Iterator[Batch]:
+    """The rows as they are trained on, the noise of each chunk drawn from its own seed."""
+    for start in range(0, len(rows), CHUNK):
+        rng = np.random.default_rng([NOISE_SEED, start])
+        chosen = shards.rows(rows[start : start + CHUNK])
+        yield make_batch(chosen, policy, settings, rng, 'reasoning')
+
+
+def _make(
+    folder: Path,
+    policy: Policy,
+    batches: Iterator[Batch],
+    count: int,
+    settings: TrainSettings,
+) -> list[Batch]:
+    """Prefill all rows; returns their batches without pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, config = policy.backbone, policy.config
+    prompt = len(backbone.text_places) if settings.blind else config.prompt_tokens
+    length = prompt + config.answer_tokens
+    shape = (count, backbone.layers, backbone.kv_heads, length, backbone.head_size)
+    files = {name: folder / f'.{name}.{os.getpid()}.npy' for name in ('keys', 'values')}
+    stored = [
+        np.lib.format.open_memmap(path, mode='w+', dtype=np.float16, shape=shape)
+        for path in files.values()
+    ]
+    start, known = 0, []
+    with tqdm(total=count, desc='K/V', unit='row', disable=None) as bar, torch.no_grad():
+        for batch in batches:
+            stop = start + len(batch)
+            prefix, _, _ = run_backbone(policy, batch, settings, tuple(range(backbone.layers)))
+            for file, part in zip(stored, (prefix.keys, prefix.values), strict=True):
+                kept = part[..., :length, :].transpose(0, 1)
+                file[start:stop, :, :, : kept.shape[3]] = kept.numpy().astype(np.float16)
+            known.append(_without_images(batch))
+            start = stop
+            bar.update(len(batch))
+    for file, (name, path) in zip(stored, files.items(), strict=True):
+        file.flush()
+        path.replace(folder / f'{name}.npy')
+    return known
+
+
+def _without_images(batch: Batch) -> Batch:
+    images = batch.images[:, :0].clone()
+    return replace(batch, images=images, rows=(), observations=(), kept={})
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """All batches as one, without pictures; answers are padded to one length."""
+    longest = max(batch.answer.shape[1] for batch in batches)
+    parts: dict[str, Any] = {}
+    for name in _tensors_of(batches[0]):
+        tensors = [getattr(batch, name) for batch in batches]
+        if name in ('answer', 'reasoning_weight', 'action_weight', 'seen'):
+            tensors = [
+                torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
+                for tensor in tensors
+            ]
+        parts[name] = torch.cat(tensors)
+    return Batch(**parts)
+
+
+def _picked(batch: Batch, chosen: torch.Tensor) -> Batch:
+    picked: dict[str, Any] = {name: getattr(batch, name)[chosen] for name in _tensors_of(batch)}
+    return Batch(**picked)
+
+
+def _tensors_of(batch: Batch) -> list[str]:
+    names = (field.name for field in fields(Batch))
+    return [name for name in names if isinstance(getattr(batch, name), torch.Tensor)]
