@@ -15,7 +15,7 @@ import numpy as np
 
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.safety.follower import Follower
-from spanvla_ros.safety.state import Counts, Guardian
+from spanvla_ros.safety.state import Counts, Guardian, GuardianOutput
 from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.traffic import Outcome, World
 from spanvla_ros.types import CameraFrame, EgoState, Observation, Plan, PlanError, SpanvlaError
@@ -122,14 +122,11 @@ def run_episode(
         builder.add_ego(ego)
         guardian.on_ego(ego, now_ns)
         if step % every == 0:
-            try:
-                plan = planner.plan(_observe(world, builder, renderer, now_ns))
-            except PlanError as error:
-                refusals.append(str(error))
-            else:
+            plan = _ask(planner, _observe(world, builder, renderer, now_ns), refusals)
+            if plan is not None:
                 on_way.append((step + (delay if step else 0), plan))
-                if keep_plans:
-                    plans.append(plan)
+            if plan is not None and keep_plans:
+                plans.append(plan)
             if isinstance(planner, ThinkingPlanner):
                 planner.reason_slice(math.inf, reason_tokens)
         while on_way and on_way[0][0] <= step:
@@ -139,16 +136,7 @@ def run_episode(
         world.step(follower.command(trajectory, ego, now_ns), STEP_S)
         step += 1
         if output is not None:
-            trace.append(
-                TraceStep(
-                    world.time_s,
-                    world.ego,
-                    output.state,
-                    output.reasons,
-                    output.plan_id,
-                    output.plan_age_s,
-                )
-            )
+            trace.append(_traced(world, output))
     return EpisodeResult(
         world.outcome(),
         tuple(trace),
@@ -156,6 +144,25 @@ def run_episode(
         guardian.counts,
         _hash(trace),
         tuple(refusals),
+    )
+
+
+def _ask(planner: PlannerLike, observation: Observation, refusals: list[str]) -> Plan | None:
+    try:
+        return planner.plan(observation)
+    except PlanError as error:
+        refusals.append(str(error))
+        return None
+
+
+def _traced(world: World, output: GuardianOutput) -> TraceStep:
+    return TraceStep(
+        world.time_s,
+        world.ego,
+        output.state,
+        output.reasons,
+        output.plan_id,
+        output.plan_age_s,
     )
 
 

@@ -88,7 +88,7 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
             layer.enable_adapters(enabled=True)
         # peft freezes what it switches off.
         for parameter in trained:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
 
 
 def merge_adapters(network: Any) -> None:
