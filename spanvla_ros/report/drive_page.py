@@ -16,6 +16,7 @@ from spanvla_ros.report import charts, page, pictures
 from spanvla_ros.report.drive_film import MAP_LAYER, VIEW_RADIUS_M, film, ground
 from spanvla_ros.report.drive_summary import Window, output_gaps_ms, stamps_s, window_of
 from spanvla_ros.report.recording import PlanRecord, Recording, read_recording
+from spanvla_ros.report.shadow import disagreement
 from spanvla_ros.types import Vehicle
 
 STAGES = ('observe', 'vision', 'prefill', 'reason', 'step', 'total')
@@ -54,6 +55,7 @@ def write_page(
         ),
         _timing(drive, window),
         _motion(drive, window),
+        *_shadow(drive, window),
         _reasoning(drive, window),
         _numbers(content),
     ]
@@ -175,6 +177,30 @@ def _spans(drive: Recording, window: Window) -> list[charts.Span]:
         else:
             spans.append(charts.Span(from_s, to_s, told.state))
     return spans
+
+
+def _shadow(drive: Recording, window: Window) -> list[str]:
+    found = disagreement(drive, window.from_ns, window.to_ns)
+    if found is None:
+        return []
+    at_s = stamps_s(found.received_ns, window.from_ns)
+    return [
+        page.section(
+            'The shadow planner',
+            page.columns(
+                charts.time_chart(
+                    'Distance of its plan from the driven one',
+                    [
+                        charts.Series('mean of the waypoints', at_s, found.mean_m),
+                        charts.Series('last waypoint', at_s, found.end_m),
+                    ],
+                    'm',
+                )
+            ),
+            note=f'Nobody drove its {found.plans} plans; {len(found.mean_m)} of them come from a '
+            'picture that the driving planner planned from as well.',
+        )
+    ]
 
 
 def _motion(drive: Recording, window: Window) -> str:

@@ -22,6 +22,7 @@ from jaxtyping import Float64, Int64
 from spanvla_ros import __version__
 from spanvla_ros.geometry import arc_length, box_corners, sample_polyline, world_from_local
 from spanvla_ros.report.recording import OutputRecord, Recording, SceneRecord, read_recording
+from spanvla_ros.report.shadow import disagreement
 from spanvla_ros.report.validator import boxes_overlap, distance_to_line, faults_of, inside
 from spanvla_ros.types import SpanvlaError, Vehicle
 
@@ -108,6 +109,7 @@ def summary_of(recording: Recording, vehicle: Vehicle) -> dict[str, Any]:
         'reasoning': _reasoning(recording, window),
         'agreement': _rounded(sum(judged) / len(judged)) if judged else None,
         'slow_share': _share(plan.thinking == 'slow' for plan in plans),
+        'shadow': _shadow(recording, window),
         'cpu_share': None,
         'steal_share': None,
         'scenario_ranges_sha256': recording.labels.get('scenario_ranges_sha256'),
@@ -289,6 +291,22 @@ def _red_lights_run(recording: Recording, scenes: Sequence[SceneRecord], vehicle
 def _ego_corners(scene: SceneRecord, vehicle: Vehicle) -> Float64[np.ndarray, '4 2']:
     middle = world_from_local(scene.ego, np.array([[vehicle.rear_axle_to_center_m, 0.0, 0.0]]))[0]
     return box_corners(middle, vehicle.length_m, vehicle.width_m)
+
+
+def _shadow(recording: Recording, window: Window) -> dict[str, Any] | None:
+    """What a planner that nobody followed would have done otherwise."""
+    found = disagreement(recording, window.from_ns, window.to_ns)
+    if found is None:
+        return None
+    return {
+        'plans': found.plans,
+        'compared': len(found.mean_m),
+        'mean_m': _spread(found.mean_m, peak=True),
+        'end_m': _spread(found.end_m, peak=True),
+        'model_sha256': _named(plan.model_sha256 for plan in recording.shadow),
+        'backend': _named(plan.backend for plan in recording.shadow),
+        'schedule': _named(plan.schedule for plan in recording.shadow),
+    }
 
 
 def _reasoning(recording: Recording, window: Window) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Recording:
     """All of a drive, each part in the order of arrival.
 
     `odometry` has the columns x, y, yaw, forward speed, yaw rate. `labels` are the words the town
-    adds to its truth: scenario, seed, hash of its ranges.
+    adds to its truth: scenario, seed, hash of its ranges. `shadow` are plans that nobody drove.
     """
 
     plans: tuple[PlanRecord, ...]
@@ -142,6 +142,7 @@ class Recording:
     town_map: TownMap | None
     camera_stamps_ns: dict[str, tuple[int, ...]]
     labels: dict[str, str | int]
+    shadow: tuple[PlanRecord, ...] = ()
 
 
 def read_recording(path: str | Path, namespace: str = '/spanvla') -> Recording:
@@ -150,7 +151,7 @@ def read_recording(path: str | Path, namespace: str = '/spanvla') -> Recording:
     Raises:
         SpanvlaError: the path holds no readable bag, or one without a trajectory.
     """
-    plans, outputs, states, reasonings, scenes = [], [], [], [], []
+    plans, shadow, outputs, states, reasonings, scenes = [], [], [], [], [], []
     odometry: list[tuple[int, int, tuple[float, ...]]] = []
     cameras: dict[str, list[int]] = {}
     labels: dict[str, str | int] = {}
@@ -158,6 +159,8 @@ def read_recording(path: str | Path, namespace: str = '/spanvla') -> Recording:
     for topic, received_ns, message in _messages(path, namespace):
         if topic == 'plan':
             plans.append(_plan(received_ns, message))
+        elif topic == 'shadow/plan':
+            shadow.append(_plan(received_ns, message))
         elif topic == 'output/trajectory':
             outputs.append(_output(received_ns, message))
         elif topic == 'output/state':
@@ -191,6 +194,7 @@ def read_recording(path: str | Path, namespace: str = '/spanvla') -> Recording:
         town_map=town_map,
         camera_stamps_ns={name: tuple(stamps) for name, stamps in cameras.items()},
         labels=labels,
+        shadow=tuple(shadow),
     )
 
 
@@ -224,6 +228,7 @@ def stamp_ns(message: Any) -> int:
 
 READ = (
     'plan',
+    'shadow/plan',
     'output/trajectory',
     'output/state',
     'output/reasoning',

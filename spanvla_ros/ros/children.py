@@ -80,7 +80,10 @@ def private_environment(domain: int, log_dir: Path) -> dict[str, str]:
 
 @dataclass
 class NodeProcess:
-    """One node as a process; its output goes to `<log_dir>/<name>.txt`."""
+    """One node as a process; its output goes to `<log_dir>/<name>.txt`.
+
+    `module` is whose code it runs, where that is not its name.
+    """
 
     name: str
     parameters: Mapping[str, object]
@@ -89,6 +92,8 @@ class NodeProcess:
     restarts: int = 0
     cpu_s: float = 0.0
     process: subprocess.Popen[bytes] | None = None
+    module: str = ''
+    remaps: Mapping[str, str] = field(default_factory=dict)
     _log: IO[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -96,11 +101,13 @@ class NodeProcess:
         command = [
             sys.executable,
             '-m',
-            f'spanvla_ros.ros.{self.name}_node',
+            f'spanvla_ros.ros.{self.module or self.name}_node',
             '--ros-args',
             '-r',
             f'__ns:={NAMESPACE}',
         ]
+        for name, target in self.remaps.items():
+            command += ['-r', f'{name}:={target}']
         for key, value in self.parameters.items():
             # A JSON value is a YAML value too, whatever spaces or colons a path holds.
             command += ['-p', f'{key}:={json.dumps(value)}']

@@ -53,7 +53,13 @@ from spanvla_ros.types import SCHEDULES, SpanvlaError
 NODES = ('recorder', 'guardian', 'follower', 'planner', 'town')
 # A dead one of these is started again; without the other two there is no drive to go on with.
 SCENARIOS = (*FAMILIES, MIX)
-RESPAWNED = ('guardian', 'follower', 'planner')
+RESPAWNED = ('guardian', 'follower', 'planner', 'shadow')
+SHADOW_REMAPS = {
+    '__node': 'shadow',
+    'plan': 'shadow/plan',
+    'output/reasoning': 'shadow/reasoning',
+    'output/overlay/compressed': 'shadow/overlay/compressed',
+}
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
 END_TRUTH_S = 0.4
@@ -77,6 +83,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--backend', default='auto', help='auto, onnxruntime, torch or tensorrt')
     parser.add_argument('--vehicle', default='', help='vehicle file; default: the built-in one')
     parser.add_argument('--out', default='out/drive', help='folder for what the drive leaves')
+    parser.add_argument(
+        '--shadow', metavar='DIR', help='model directory of a second planner that nobody follows'
+    )
     parser.add_argument(
         '--set',
         action='append',
@@ -120,6 +129,8 @@ def _check(options: argparse.Namespace) -> None:
     _overrides(options.overrides)
     load_vehicle(options.vehicle)
     load_model_dir(options.model or shipped_model_dir())
+    if options.shadow:
+        load_model_dir(options.shadow)
 
 
 def _remove_part(recording: Path) -> None:
@@ -177,6 +188,17 @@ class Drive:
             name: NodeProcess(name, parameters, environment, self.log_dir)
             for name, parameters in self._parameters(out).items()
         }
+        if options.shadow:
+            # Its pictures, odometry and route are those of the planner, its words are not.
+            parameters = {**self.nodes['planner'].parameters, 'model_dir': str(options.shadow)}
+            self.nodes['shadow'] = NodeProcess(
+                'shadow',
+                parameters,
+                environment,
+                self.log_dir,
+                module='planner',
+                remaps=SHADOW_REMAPS,
+            )
         self.cost = Cost(None, None, {})
         self.status: dict[str, Any] = {}
         self.driven_s = 0.0
@@ -292,7 +314,7 @@ class Drive:
 
     def _stop(self) -> None:
         # The recorder goes last, so that it sees the others stop the car.
-        for group in (('town',), ('planner', 'follower', 'guardian'), ('recorder',)):
+        for group in (('town',), ('planner', 'shadow', 'follower', 'guardian'), ('recorder',)):
             chosen = [self.nodes[name] for name in group if name in self.nodes]
             for process in chosen:
                 process.interrupt()

@@ -47,6 +47,7 @@ TOPICS: tuple[tuple[str, type, tuple[QoSProfile, ...]], ...] = (
     ('input/command', String, (RELIABLE,)),
     ('input/engaged', Bool, (RELIABLE,)),
     ('plan', String, (RELIABLE,)),
+    ('shadow/plan', String, (RELIABLE,)),
     ('output/trajectory', MultiDOFJointTrajectory, (RELIABLE,)),
     ('output/path', PathMessage, (RELIABLE,)),
     ('output/markers', MarkerArray, (RELIABLE,)),

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from report import drive_bag
-from report.drive_bag import MS, START_NS, small_drive, straight
+from report.drive_bag import MS, START_NS, small_drive, straight, text
 
 from spanvla_ros.report.drive_summary import route_completion, summarise
 from spanvla_ros.report.recording import read_recording
@@ -136,3 +136,21 @@ def test_a_recording_without_a_drive_is_refused(tmp_path):
         read_recording(bag.write(tmp_path / 'bag'))
     with pytest.raises(SpanvlaError, match='cannot be read'):
         read_recording(tmp_path / 'nothing')
+
+
+def test_a_shadow_planner_is_measured_against_the_driven_plans(tmp_path):
+    bag = small_drive()
+    for number in range(10, 20):
+        stamp = START_NS + number * 100 * MS
+        told = drive_bag.plan(stamp, 0.8 * number, number)
+        # Nobody drove these: they drift aside by 0.1 m for each half second.
+        poses = told['trajectory']['poses']
+        for k, pose in enumerate(poses):
+            pose[1] = 0.1 * (k + 1)
+        bag.add(number * 100 + 60, 'shadow/plan', 'std_msgs/msg/String', text(told))
+    found = summarise(bag.write(tmp_path / 'bag'))
+    shadow = found['shadow']
+    assert (shadow['plans'], shadow['compared']) == (10, 10)
+    assert shadow['mean_m']['p50'] == pytest.approx(0.55, abs=0.01)
+    assert shadow['end_m']['p50'] == pytest.approx(1.0, abs=0.01)
+    assert summarise(small_drive().write(tmp_path / 'plain'))['shadow'] is None

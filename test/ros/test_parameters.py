@@ -84,7 +84,7 @@ def test_a_bad_value_is_one_sentence(context, kind, argument, word):
 
 @pytest.mark.parametrize(
     ('argument', 'word'),
-    [('overlay_hz:=.nan', 'finite number'), ('missing_camera:=black', 'choose from')],
+    [('overlay_hz:=.nan', 'overlay_hz'), ('missing_camera:=black', 'choose from')],
 )
 def test_what_ros_would_let_through_is_refused(context, argument, word):
     node = node_with(context, '-p', argument)
