@@ -16,9 +16,10 @@ from spanvla_ros.geometry import local_from_world
 from spanvla_ros.messages import Intrinsics
 
 SCALES = (0.5, 0.6, 0.7, 0.8, 1.25, 1.45, 1.7, 2.0)
-FEWEST_TRACKS = 40
+FEWEST_TRACKS = 25
 MARGIN = 0.12
 STRONG = 0.25
+STRONG_SCALE = 0.15
 BLACK = 12.0
 FROZEN_MPS = 2.0
 
@@ -222,8 +223,9 @@ def _explain(
         if other != number:
             ideas.append((replace(own, mount=str(other)), neighbour.mount))
     values = [(_value(sight, mount, idea), idea) for idea, mount in ideas]
-    top = max(found_value for found_value, _ in values)
-    if top - given < STRONG or top < 0.55:
+    top, first = max(values, key=lambda pair: pair[0])
+    margin = STRONG if first.scale == 1.0 else STRONG_SCALE
+    if top - given < margin or top < 0.55:
         return None
     # Of explanations that do equally well, another's mount first: its partner confirms or not.
     close = [idea for found_value, idea in values if found_value > top - 0.04]

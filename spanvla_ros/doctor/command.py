@@ -8,20 +8,29 @@ import os
 from dataclasses import asdict
 
 from spanvla_ros.doctor.cameras import check_cameras
-from spanvla_ros.doctor.findings import BLOCK, SEVERITIES, Finding, sorted_findings
+from spanvla_ros.doctor.findings import BLOCK, SEVERITIES, Finding, found, sorted_findings
+from spanvla_ros.doctor.graph import check_graph
 from spanvla_ros.doctor.machine import check_machine
 from spanvla_ros.doctor.odometry import check_odometry
-from spanvla_ros.doctor.rig import Rig, empty_rig, gather
+from spanvla_ros.doctor.rig import LOOKED_AT, Rig, empty_rig, gather
 from spanvla_ros.doctor.streams import check_streams
 from spanvla_ros.model.checkpoint import shipped_model_dir
 from spanvla_ros.model.config import CameraSpec, load_config
 from spanvla_ros.replay.bag import open_bag
 from spanvla_ros.replay.observed import messages_of, topics_of
 
+NO_ROS = ('ros_missing', 'ros_python', 'domain_invalid', 'rmw_missing')
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `spanvla doctor`."""
     parser.add_argument('--bag', default='', help='a recorded drive: folder, .mcap, .db3, .bag')
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        default=5.0,
+        help='without --bag: how long to listen to running nodes; 0 leaves them alone',
+    )
     parser.add_argument('--model', default='', help='model directory; default: the shipped one')
     parser.add_argument('--json', action='store_true', help='print {"findings": [...]} instead')
 
@@ -31,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
     findings = check_machine(options.model)
     if options.bag:
         findings += check_rig(rig_of_bag(options.bag, cameras_of(options.model)))
+    elif options.seconds > 0 and not any(f.id in NO_ROS for f in findings):
+        findings += listen(options.seconds, cameras_of(options.model))
     findings = sorted_findings(findings)
     say(findings, as_json=options.json)
     return 1 if any(finding.severity == BLOCK for finding in findings) else 0
@@ -51,6 +62,19 @@ def rig_of_bag(bag: str, specs: tuple[CameraSpec, ...]) -> Rig:
         rig = empty_rig(topics_of(reader), specs)
         wanted = frozenset(name for name in rig.streams)
         return gather(rig, messages_of(reader, wanted), reader.duration * 1e-9)
+
+
+def listen(seconds: float, specs: tuple[CameraSpec, ...]) -> list[Finding]:
+    """What a running graph shows; needs rclpy."""
+    from spanvla_ros.ros.graph import hear
+
+    heard = hear(seconds, LOOKED_AT)
+    rig = empty_rig(heard.topics, specs, live=True)
+    if not heard.nodes or not rig.streams:
+        return [found('graph_empty', f'{len(heard.nodes)} other nodes, no topic to look at')]
+    gather(rig, heard.messages, seconds)
+    graph = check_graph(heard.nodes, heard.topics, heard.sim_time, heard.several_types)
+    return [*graph, *check_rig(rig)]
 
 
 def check_rig(rig: Rig) -> list[Finding]:

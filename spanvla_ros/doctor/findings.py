@@ -364,4 +364,32 @@ RIG = {
     ),
 }  # fmt: skip
 
-CATALOG: dict[str, Advice] = {**MACHINE, **RIG}
+GRAPH = {
+    'graph_empty': Advice(
+        INFO,
+        'no other node is seen on this domain, so no running graph was checked',
+        'start the drivers and nodes, with the same ROS_DOMAIN_ID, or give --bag',
+    ),
+    'type_mismatch': Advice(
+        BLOCK,
+        'a topic is announced with two types',
+        'rename one of them; ros2 topic info -v TOPIC tells who announces which',
+    ),
+    'clock_missing': Advice(
+        BLOCK,
+        'nodes use simulated time, but nobody publishes /clock: their time stands at zero',
+        'use_sim_time:=false, or ros2 bag play --clock',
+    ),
+    'sim_time_mismatch': Advice(
+        BLOCK,
+        'some nodes live by /clock, others by the wall clock',
+        'one value of use_sim_time for all: use_sim_time:=true with a simulator or a bag',
+    ),
+    'nodes_twice': Advice(
+        WARN,
+        'two of our nodes of one kind are in this domain',
+        'stop one, or give each drive its own ROS_DOMAIN_ID',
+    ),
+}  # fmt: skip
+
+CATALOG: dict[str, Advice] = {**MACHINE, **RIG, **GRAPH}

@@ -20,7 +20,10 @@ from spanvla_ros.geometry import project_on_polyline, wrap_angle
 
 GRID_S = 0.1
 MOVING_MPS = 1.5
-TURNING_RADPS = 0.04
+TURNING_RADPS = 0.08
+TURNED_RAD = 0.2
+SMOOTHING = 5
+YAW_NEAR_RAD = 0.05
 FEWEST = 8
 DEGREES = 180.0 / math.pi
 JUMP_M = 1.5
@@ -29,7 +32,10 @@ Values = Float64[np.ndarray, ' n']
 
 @dataclass(frozen=True)
 class Motion:
-    """Odometry on an even grid, its path, and where that moves."""
+    """Odometry on an even grid, its path, and where that moves.
+
+    `heading_rad` is the yaw where it follows the path, else the smoothed course.
+    """
 
     time_s: Values
     x_m: Values
@@ -39,12 +45,13 @@ class Motion:
     speed_mps: Values
     course_rad: Values
     course_rate: Values
+    heading_rad: Values
     moving: Bool[np.ndarray, ' n']
 
     def pose_at(self, time_s: float) -> Float64[np.ndarray, '3']:
-        """Position and course at a time; the course stands for the heading of a rear axle."""
+        """Position and heading at a time."""
         return np.array(
-            [np.interp(time_s, self.time_s, v) for v in (self.x_m, self.y_m, self.course_rad)]
+            [np.interp(time_s, self.time_s, v) for v in (self.x_m, self.y_m, self.heading_rad)]
         )
 
     def moves_at(self, time_s: float) -> bool:
@@ -72,11 +79,23 @@ def motion_of(rig: Rig) -> Motion | None:
         # While standing the course is that of the last motion.
         held = np.maximum.accumulate(np.where(moving, np.arange(len(moving)), 0))
         course = course[np.maximum(held, int(np.argmax(moving)))]
-    course = np.unwrap(course)
+    course = smoothed(np.unwrap(course))
+    yaw = np.interp(time_s, table[:, 0], np.unwrap(table[:, 3]))
+    follows = moving.any() and np.median(np.abs(wrap_angle(course - yaw)[moving])) < YAW_NEAR_RAD
     return Motion(
         time_s, x, y, table[nearest, 3], twist, speed, course,
-        np.gradient(course, GRID_S), moving,
+        np.gradient(course, GRID_S), yaw if follows else course, moving,
     )  # fmt: skip
+
+
+def smoothed(values: Values) -> Values:
+    """The mean over half a second: a centimetre in a position is a lot of course."""
+    half = SMOOTHING // 2
+    # Straight on at both ends, so that a steady turn stays one.
+    before = 2.0 * values[0] - values[half:0:-1]
+    after = 2.0 * values[-1] - values[-2 : -half - 2 : -1]
+    padded = np.concatenate([before, values, after])
+    return np.convolve(padded, np.full(SMOOTHING, 1.0 / SMOOTHING), 'valid')
 
 
 def check_odometry(rig: Rig) -> list[Finding]:
@@ -168,12 +187,15 @@ def spread_from_zero(angles: Values) -> float:
 
 
 def _yaw_rate(motion: Motion, name: str) -> Iterator[Finding]:
-    turning = motion.moving & (np.abs(motion.course_rate) > TURNING_RADPS)
-    # The course at the rim of a moving stretch is that of half a step.
+    if np.ptp(motion.course_rad[motion.moving]) < TURNED_RAD:
+        return
+    rate = motion.course_rate
+    turning = motion.moving & (np.abs(rate) > TURNING_RADPS)
+    # The course at either end is that of half a step.
+    turning[:SMOOTHING] = turning[-SMOOTHING:] = False
     if turning.sum() < FEWEST:
         return
-    rate, twist = motion.course_rate[turning], motion.twist[turning, 2]
-    factor = float((rate * twist).sum() / (rate * rate).sum())
+    factor = float(np.median(motion.twist[turning, 2] / rate[turning]))
     if abs(factor / DEGREES - 1.0) < 0.3:
         yield found('odometry_degrees', f'{name}: the yaw rate is {factor:.0f} times that of '
                     'the path, as degrees would be')  # fmt: skip

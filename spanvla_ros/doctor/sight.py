@@ -91,7 +91,7 @@ class Score:
 
 def track(first: Gray, second: Gray, motion: Float64[np.ndarray, '3']) -> Tracks:
     """Corners of the first picture found again in the second, forth and back."""
-    corners = cv2.goodFeaturesToTrack(first, CORNERS, 0.02, 6)
+    corners = cv2.goodFeaturesToTrack(first, CORNERS, 0.005, 6)
     if corners is None:
         return joined([])
     options = {'winSize': (15, 15), 'maxLevel': 3}

@@ -53,8 +53,12 @@ def town_drive(
     speed_mps = min(speed_mps, math.sqrt(LATERAL_MPS2 / sharpest))
     world.mirror = mirror
 
+    offset_m = world.ego_d_m
+    latest_m = world.around.goal_m - speed_mps * seconds
+
     def place(time_s: float) -> EgoState:
-        x, y, heading = corridor.place(float(s_m[first]) + speed_mps * time_s, world.ego_d_m)
+        world.ego_s_m = min(float(s_m[first]), latest_m) + speed_mps * time_s
+        x, y, heading = corridor.place(world.ego_s_m, offset_m)
         return EgoState(0, x, y, heading, speed_mps)
 
     ego_s = np.arange(0.0, seconds, 1.0 / ego_hz)

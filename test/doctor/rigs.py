@@ -11,7 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from drives import Drive
+from drives import Drive, scaled, town_drive
 from rosbags.interfaces import (
     Qos,
     QosDurability,
@@ -24,6 +24,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from spanvla_ros.doctor.sight import Mount
+from spanvla_ros.model.config import TOWN_CAMERAS
 
 TYPES = get_typestore(Stores.LATEST)
 IMAGE = 'sensor_msgs/msg/Image'
@@ -105,12 +106,12 @@ def record(
         time_s = BEGIN_S + float(drive.ego_s[k])
         events.append(Event('/odom', 'nav_msgs/msg/Odometry', time_s + 0.002, time_s, 'odom',
                             lambda header, f=fields: odometry(header, f)))  # fmt: skip
+    kind, tail = (IMAGE, 'image') if raw else (COMPRESSED, 'image/compressed')
     for index, camera in enumerate(drive.cameras):
         base, source = f'/cam/{camera.name}', names.index(picture_of(camera.name))
         for k, time in enumerate(drive.picture_s.tolist()):
             picture = spoil_picture(camera.name, drive.pictures[k, source])
             time_s = BEGIN_S + time
-            kind, tail = (IMAGE, 'image') if raw else (COMPRESSED, 'image/compressed')
             events.append(Event(f'{base}/{tail}', kind, time_s + 0.03, time_s, f'{camera.name}_optical',
                                 lambda header, p=picture: image(header, p, row_padding)
                                 if raw else jpeg(header, p)))  # fmt: skip
@@ -347,3 +348,42 @@ def jittered(drive_cameras: tuple, rng: np.random.Generator) -> tuple:
         )
         for c in drive_cameras
     )  # fmt: skip
+
+
+VISUAL = ('cameras_swapped', 'camera_mirrored', 'camera_upside_down', 'camera_size',
+          'camera_scale', 'frame_left_handed', 'frame_ned')  # fmt: skip
+FAMILIES = ('turns', 'lane_keeping', 'lead_vehicle', 'red_light', 'pedestrian')
+
+
+def random_rig(
+    rng: np.random.Generator, faults: tuple[str, ...] = (), seconds: float = 3.0
+) -> RecordedRig:
+    """A rig drawn at random: road, vehicle, cameras, rates, noise; with the faults named."""
+    cameras = jittered(scaled(TOWN_CAMERAS, 2), rng)
+    drive = town_drive(
+        str(rng.choice(FAMILIES)), int(rng.integers(10_000)), cameras, seconds=seconds,
+        camera_hz=float(rng.choice([10.0, 15.0])), ego_hz=float(rng.choice([20.0, 50.0, 100.0])),
+        speed_mps=float(rng.uniform(5.0, 11.0)), mirror=bool(rng.random() < 0.5),
+    )  # fmt: skip
+    more: dict[str, Any] = {'transforms': True, 'noise': rng, 'raw': bool(rng.random() < 0.4)}
+    rig = record(drive, **more)
+    spoilt = [MIS_SET[fault][0] for fault in faults]
+    if spoilt:
+        rig = spoilt[0](drive, rng, **more)
+    if len(spoilt) == 2:
+        # The topics that the second fault changes are taken from a rig with that fault.
+        second = spoilt[1](drive, rng, **more)
+        other = '/odom' if MIS_SET[faults[1]][1] not in VISUAL else '/cam/'
+        rig.events = [e for e in rig.events if other not in e.topic] + second.of(other)
+    return rig
+
+
+def random_faults(rng: np.random.Generator) -> tuple[str, ...]:
+    """One fault of the list, or one of the pictures and one of the odometry."""
+    names = list(MIS_SET)
+    if rng.random() < 0.5:
+        return (str(rng.choice(names)),)
+    pictures = [n for n in names if MIS_SET[n][1].startswith('camera')]
+    odometry = ['yaw in degrees', 'a twist in the odometry frame',
+                'a twist that disagrees with the poses']  # fmt: skip
+    return (str(rng.choice(pictures)), str(rng.choice(odometry)))
