@@ -45,4 +45,5 @@ def _distances_m(plan: PlanRecord, other: PlanRecord) -> Float64[np.ndarray, 't'
     times_s = times_s if len(times_s) else plan.times_s[:1]
     mine = plan.poses[: len(times_s), :2]
     theirs = [np.interp(times_s, other.times_s, other.poses[:, axis]) for axis in (0, 1)]
-    return np.hypot(mine[:, 0] - theirs[0], mine[:, 1] - theirs[1])
+    apart_m: Float64[np.ndarray, 't'] = np.hypot(mine[:, 0] - theirs[0], mine[:, 1] - theirs[1])
+    return apart_m

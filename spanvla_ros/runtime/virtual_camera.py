@@ -195,9 +195,9 @@ class VirtualCamera:
         part = picture[top:bottom, left:right]
         if self._shrink > 1:
             part = cv2.resize(part, self._blocks, interpolation=cv2.INTER_AREA)
-        return cv2.remap(
-            part, self._lookup, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        columns, rows = self._lookup[:, :, 0], self._lookup[:, :, 1]
+        fitted = cv2.remap(part, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return np.asarray(fitted, dtype=np.uint8)
 
 
 def centered(
@@ -270,10 +270,11 @@ def _lens(source: Intrinsics, slopes: Float64[np.ndarray, 'n 2']) -> Float64[np.
     center = np.array([source.center_x_px, source.center_y_px])
     lens = np.array(source.distortion, dtype=np.float64)
     if not lens.any():
-        return slopes * focal + center
+        return np.asarray(slopes * focal + center, dtype=np.float64)
     matrix = np.array([[focal[0], 0.0, center[0]], [0.0, focal[1], center[1]], [0.0, 0.0, 1.0]])
     if source.distortion_model in ('equidistant', 'fisheye') and len(lens) == 4:
-        return cv2.fisheye.distortPoints(slopes[:, None, :], matrix, lens)[:, 0]
+        bent = cv2.fisheye.distortPoints(slopes[:, None, :], matrix, lens)
+        return np.asarray(bent[:, 0], dtype=np.float64)
     if source.distortion_model in ('plumb_bob', 'rational_polynomial') and len(lens) in (
         4,
         5,
@@ -282,7 +283,8 @@ def _lens(source: Intrinsics, slopes: Float64[np.ndarray, 'n 2']) -> Float64[np.
         14,
     ):
         ahead = np.concatenate([slopes, np.ones((len(slopes), 1))], axis=1)
-        return cv2.projectPoints(ahead, np.zeros(3), np.zeros(3), matrix, lens)[0][:, 0]
+        bent = cv2.projectPoints(ahead, np.zeros(3), np.zeros(3), matrix, lens)[0]
+        return np.asarray(bent[:, 0], dtype=np.float64)
     raise MessageError(
         f'camera_info: {len(lens)} coefficients of lens model {source.distortion_model!r:.40} '
         'are not known; rectify the pictures and set pictures to rectified'
