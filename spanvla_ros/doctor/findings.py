@@ -54,7 +54,7 @@ MACHINE = {
     'no_backend': Advice(
         BLOCK,
         'nothing that could run a model: no ONNX Runtime, no torch, no TensorRT',
-        "pip install onnxruntime (on a Jetson: NVIDIA's wheel, see docs/jetson.md)",
+        "pip install onnxruntime (on a Jetson: NVIDIA's own wheel)",
     ),
     'ros_missing': Advice(
         WARN,
@@ -89,7 +89,7 @@ MACHINE = {
     'gpu_unused': Advice(
         INFO,
         'a GPU is visible, but neither TensorRT nor ONNX Runtime would use it',
-        "pip install 'spanvla_ros[gpu]' (on a Jetson see docs/jetson.md)",
+        "pip install 'spanvla_ros[gpu]' (on a Jetson they come with JetPack)",
     ),
     'threads': Advice(
         INFO,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from rclpy.signals import SignalHandlerOptions
 from rclpy.topic_endpoint_info import TopicEndpointInfo
-from rosidl_runtime_py.utilities import get_message
 
 from spanvla_ros.replay.observed import Offer, SeenMessage, SeenTopic
 
@@ -101,7 +101,8 @@ def _offer(info: TopicEndpointInfo) -> Offer:
 
 def _listen(node: Node, topic: SeenTopic, messages: list[SeenMessage]) -> None:
     """Subscribe as a publisher offers it, so that nothing is missed for its QoS."""
-    kind = get_message(topic.kind)
+    package, _, name = topic.kind.split('/')
+    kind = getattr(importlib.import_module(f'{package}.msg'), name)
     reliable = all(offer.reliable for offer in topic.offers)
     latched = all(offer.latched for offer in topic.offers)
     profile = QoSProfile(

@@ -28,6 +28,7 @@ from spanvla_ros.model.config import TOWN_CAMERAS
 
 TYPES = get_typestore(Stores.LATEST)
 IMAGE = 'sensor_msgs/msg/Image'
+CAMERA_INFO = 'sensor_msgs/msg/CameraInfo'
 COMPRESSED = 'sensor_msgs/msg/CompressedImage'
 BEGIN_S = 1000.0
 
@@ -107,18 +108,23 @@ def record(
         events.append(Event('/odom', 'nav_msgs/msg/Odometry', time_s + 0.002, time_s, 'odom',
                             lambda header, f=fields: odometry(header, f)))  # fmt: skip
     kind, tail = (IMAGE, 'image') if raw else (COMPRESSED, 'image/compressed')
-    for index, camera in enumerate(drive.cameras):
+    for camera in drive.cameras:
         base, source = f'/cam/{camera.name}', names.index(picture_of(camera.name))
         for k, time in enumerate(drive.picture_s.tolist()):
             picture = spoil_picture(camera.name, drive.pictures[k, source])
             time_s = BEGIN_S + time
-            events.append(Event(f'{base}/{tail}', kind, time_s + 0.03, time_s, f'{camera.name}_optical',
-                                lambda header, p=picture: image(header, p, row_padding)
-                                if raw else jpeg(header, p)))  # fmt: skip
-            events.append(Event(f'{base}/camera_info', 'sensor_msgs/msg/CameraInfo',
-                                time_s + 0.03, time_s, f'{camera.name}_optical',
-                                lambda header, c=drive.cameras[index]: info(
-                                    header, c, info_focal(c.name), info_size(c.name))))  # fmt: skip
+            frame, came_s = f'{camera.name}_optical', time_s + 0.03
+
+            def picture_message(header: Any, p: np.ndarray = picture) -> Any:
+                return image(header, p, row_padding) if raw else jpeg(header, p)
+
+            def info_message(header: Any, c: Any = camera) -> Any:
+                return info(header, c, info_focal(c.name), info_size(c.name))
+
+            events.append(Event(f'{base}/{tail}', kind, came_s, time_s, frame, picture_message))
+            events.append(
+                Event(f'{base}/camera_info', CAMERA_INFO, came_s, time_s, frame, info_message)
+            )
     offers = {event.topic: (True, event.topic in ('/route', '/tf_static')) for event in events}
     return RecordedRig(drive, events, offers)
 
