@@ -168,11 +168,11 @@ def _frames(rig: Rig, sights: list[Sight], *, left_handed: bool) -> Iterator[Fin
 def _mounts(sights: list[Sight], *, left_handed: bool) -> Iterator[Finding]:
     """What each camera is, if not what it is said to be."""
     best: dict[str, tuple[Sight, Hypothesis]] = {}
-    for number, sight in enumerate(sights):
-        idea = _explain(sight, number, sights, left_handed=left_handed)
+    for index, sight in enumerate(sights):
+        idea = _explain(sight, index, sights, left_handed=left_handed)
         if idea is not None:
-            best[str(number)] = (sight, idea)
-    told = set()
+            best[str(index)] = (sight, idea)
+    told: set[tuple[str, ...]] = set()
     for number, (sight, idea) in best.items():
         partner = best.get(idea.mount)
         if idea.mount != number and partner is not None and partner[1].mount == number:

@@ -62,7 +62,8 @@ def segment_bytes(environment: Mapping[str, str]) -> int | None:
     except (OSError, ElementTree.ParseError):
         return DEFAULT_SEGMENT_BYTES
     sizes = [entry for entry in root.iter() if entry.tag.rpartition('}')[2] == 'segment_size']
-    values = [int(entry.text) for entry in sizes if (entry.text or '').strip().isdigit()]
+    texts = [(entry.text or '').strip() for entry in sizes]
+    values = [int(text) for text in texts if text.isdigit()]
     return max(values, default=DEFAULT_SEGMENT_BYTES)
 
 

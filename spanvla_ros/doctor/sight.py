@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -89,14 +90,20 @@ class Score:
     ground: float
 
 
+def _followed(first: Gray, second: Gray, points: Any) -> tuple[Any, Any]:
+    # OpenCV's types ask for a place to write to where None makes one.
+    follow: Any = cv2.calcOpticalFlowPyrLK
+    places, found, _ = follow(first, second, points, None, winSize=(15, 15), maxLevel=3)
+    return places, found
+
+
 def track(first: Gray, second: Gray, motion: Float64[np.ndarray, '3']) -> Tracks:
     """Corners of the first picture found again in the second, forth and back."""
-    corners = cv2.goodFeaturesToTrack(first, CORNERS, 0.005, 6)
+    corners: Any = cv2.goodFeaturesToTrack(first, CORNERS, 0.005, 6)
     if corners is None:
         return joined([])
-    options = {'winSize': (15, 15), 'maxLevel': 3}
-    there, found_there, _ = cv2.calcOpticalFlowPyrLK(first, second, corners, None, **options)
-    back, found_back, _ = cv2.calcOpticalFlowPyrLK(second, first, there, None, **options)
+    there, found_there = _followed(first, second, corners)
+    back, found_back = _followed(second, first, there)
     trip = np.linalg.norm((back - corners).reshape(-1, 2), axis=1)
     good = (found_there.ravel() == 1) & (found_back.ravel() == 1) & (trip < MAX_ROUND_TRIP_PX)
     a = corners.reshape(-1, 2)[good].astype(np.float64)

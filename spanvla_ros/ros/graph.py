@@ -120,7 +120,9 @@ def _listen(node: Node, topic: SeenTopic, messages: list[SeenMessage]) -> None:
 
 def _clocks(node: Node, executor: SingleThreadedExecutor, names: list[str]) -> dict[str, bool]:
     """`use_sim_time` of every node that answers within two seconds."""
-    clients = {name: node.create_client(GetParameters, f'{name}/get_parameters') for name in names}
+    clients: dict[str, Any] = {
+        name: node.create_client(GetParameters, f'{name}/get_parameters') for name in names
+    }
     end_s = time.monotonic() + 2.0
     asked: dict[str, Any] = {}
     found: dict[str, bool] = {}

@@ -170,10 +170,10 @@ class Reasoner:
             spent_s = time.perf_counter() - began
             if done and (spent_s + self._operation_s) * 1e3 > budget_ms:
                 break
-            finished = self._operate()
+            ended = self._operate()
             done += 1
-            if finished is not None:
-                return finished
+            if ended is not None:
+                return ended
         return None
 
     def run(self, prompt: Prompt) -> tuple[Reasoning, Answer]:
