@@ -46,7 +46,7 @@ from spanvla_ros.model.policy import (
     swap_directory,
     with_config,
 )
-from spanvla_ros.training.batches import make_batch
+from spanvla_ros.training.batches import Batch, make_batch
 from spanvla_ros.training.data.shards import FACTS, ShardSet
 from spanvla_ros.training.heldout import HeldOut
 from spanvla_ros.training.kv_cache import open_cache
@@ -93,12 +93,7 @@ def train(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     module = STAGES[stage]
     shards = ShardSet(settings.data)
-    policy = start_policy(settings, init)
-    if settings.lora_rank:
-        lora = LoraSettings(
-            settings.lora_rank, settings.lora_alpha, tuple(settings.lora_targets.split())
-        )
-        attach_adapters(policy.backbone.network, lora, settings.seed)
+    policy = with_adapters(start_policy(settings, init), settings)
     earlier = [] if init is None or is_network_folder(init) else trained_before(init)
     if resume:
         earlier = earlier[:-1]
@@ -109,39 +104,16 @@ def train(
     heldout = None
     if settings.heldout:
         heldout = HeldOut(ShardSet(settings.heldout), policy, settings, group)
-    promotion = None
-    if stage == 'grpo' and settings.lint_rows and group.leads:
-        if not settings.heldout:
-            raise SpanvlaError('train grpo: the lint needs heldout; give it, or lint_rows=0')
-        promotion = Promotion(ShardSet(settings.heldout), settings)
+    promotion = _promotion(group, stage, settings)
     if settings.compiled:
         compile_vision(policy)
-    usable = np.flatnonzero(np.isin(shards.labels.astype(str), settings.labels.split()))
-    if len(usable) < settings.batch:
-        raise SpanvlaError(
-            f'{settings.data}: holds {len(usable)} rows of {settings.labels}, fewer than one batch'
-        )
-    weights = row_weights(shards.facts[usable], settings)
-    cached = None
-    if settings.cache:
-        if stage != 'action-expert':
-            raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
-        usable = usable[draw_order(weights, 0, 0)][: settings.cache_rows or None]
-        cached = open_cache(Path(settings.cache), policy, shards, usable, settings)
-        # The cached rows were drawn by their weights.
-        weights = np.ones(len(cached))
-    rows = _Draw(weights, settings, group)
+    feed = _Feed(stage, shards, policy, settings, group)
     code = 0
     while not code & STOP:
-        drawn = rows.at(run.step)
-        indices = usable[drawn]
         seeds = [settings.seed, run.step, group.rank]
         rng = np.random.default_rng(seeds)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        if cached is None:
-            batch = make_batch(shards.rows(indices), policy, settings, rng, module.ANSWERS)
-        else:
-            batch = cached.at(drawn)
+        batch, indices = feed.at(run.step, rng, module.ANSWERS)
         word = run.next_word()
         for _ in range(settings.updates):
             optimizer.zero()
@@ -167,6 +139,58 @@ def train(
             f'{out / REFUSED_DIR}: not promoted, {run.refused}; {out / MODEL_DIR} is the last '
             'checkpoint that was'
         )
+
+
+def with_adapters(policy: Policy, settings: TrainSettings) -> Policy:
+    """The policy, with LoRA adapters on its backbone if they are asked for."""
+    if settings.lora_rank:
+        targets = tuple(settings.lora_targets.split())
+        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, targets)
+        attach_adapters(policy.backbone.network, lora, settings.seed)
+    return policy
+
+
+def _promotion(group: Group, stage: str, settings: TrainSettings) -> Promotion | None:
+    """What a checkpoint of reinforcement learning has to pass."""
+    if stage != 'grpo' or not settings.lint_rows or not group.leads:
+        return None
+    if not settings.heldout:
+        raise SpanvlaError('train grpo: the lint needs heldout; give it, or lint_rows=0')
+    return Promotion(ShardSet(settings.heldout), settings)
+
+
+class _Feed:
+    """Batches of a run by step: made of rows, or of keys and values cached before."""
+
+    def __init__(
+        self, stage: str, shards: ShardSet, policy: Policy, settings: TrainSettings, group: Group
+    ) -> None:
+        self._shards, self._policy, self._settings = shards, policy, settings
+        usable = np.flatnonzero(np.isin(shards.labels.astype(str), settings.labels.split()))
+        if len(usable) < settings.batch:
+            raise SpanvlaError(
+                f'{settings.data}: holds {len(usable)} rows of {settings.labels}, fewer than one '
+                'batch'
+            )
+        weights = row_weights(shards.facts[usable], settings)
+        self._cached = None
+        if settings.cache:
+            if stage != 'action-expert':
+                raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
+            usable = usable[draw_order(weights, 0, 0)][: settings.cache_rows or None]
+            self._cached = open_cache(Path(settings.cache), policy, shards, usable, settings)
+            # The cached rows were drawn by their weights.
+            weights = np.ones(len(self._cached))
+        self._usable, self._rows = usable, _Draw(weights, settings, group)
+
+    def at(self, step: int, rng: np.random.Generator, answers: str) -> tuple[Batch, np.ndarray]:
+        """The batch of a step, and the numbers of its rows."""
+        drawn = self._rows.at(step)
+        indices = self._usable[drawn]
+        if self._cached is not None:
+            return self._cached.at(drawn), indices
+        rows = self._shards.rows(indices)
+        return make_batch(rows, self._policy, self._settings, rng, answers), indices
 
 
 def check_losses(losses: Mapping[str, torch.Tensor], step: int, rows: Sequence[str]) -> None:
