@@ -20,6 +20,7 @@ FEWEST_TRACKS = 25
 MARGIN = 0.12
 STRONG = 0.25
 STRONG_SCALE = 0.15
+MORE_OBEY = 0.08
 BLACK = 12.0
 FROZEN_MPS = 2.0
 
@@ -218,7 +219,14 @@ def _explain(
     own = Hypothesis(str(number), left_handed=left_handed)
     given = _value(sight, sight.mount, own)
     ideas = [(replace(own, flip=flip), sight.mount) for flip in ('mirrored', 'turned')]
-    ideas += [(replace(own, scale=scale), sight.mount) for scale in SCALES]
+    # A street between parked cars shows little ground, so the share that moves like it says
+    # nothing alone: a wrong focal length must break the geometry of the other tracks as well.
+    obeying = score(sight.tracks, sight.info, sight.mount, own).obeying
+    for scale in SCALES:
+        idea = replace(own, scale=scale)
+        gained = score(sight.tracks, sight.info, sight.mount, idea).obeying - obeying
+        if gained > MORE_OBEY:
+            ideas.append((idea, sight.mount))
     for other, neighbour in enumerate(sights):
         if other != number:
             ideas.append((replace(own, mount=str(other)), neighbour.mount))
