@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float64, UInt8
 
 COMMANDS = ('follow', 'left', 'right', 'straight', 'stop')
 SCHEDULES = ('sequential', 'concurrent', 'off')
+MISSING_CAMERA = ('mask', 'last_valid', 'drop')
 PLAN_SCHEMA_VERSION = 1
 PLAN_MAX_BYTES = 64_000
 

@@ -21,8 +21,7 @@ from rcl_interfaces.msg import (
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.node import Node
 
-from spanvla_ros.runtime.observations import MISSING_CAMERA
-from spanvla_ros.types import SCHEDULES, SpanvlaError
+from spanvla_ros.types import MISSING_CAMERA, SCHEDULES, SpanvlaError
 
 Settings = TypeVar('Settings')
 

@@ -98,7 +98,7 @@ def decoder_calls(backend: Backend, directory: ModelDirectory) -> dict[str, Call
         anchored() for _ in range(ANCHOR_STEPS)
     ]
     step = stages['step']
-    start = np.zeros((1, config.waypoints, 3), np.float32)
+    start = np.zeros((1, 1, config.waypoints, 3), np.float32)
 
     def velocity(_x: np.ndarray, _time: float) -> np.ndarray:
         return np.asarray(step())

@@ -24,6 +24,7 @@ from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.flow import arc
 from spanvla_ros.types import (
     COMMANDS,
+    MISSING_CAMERA,
     CameraFrame,
     EgoState,
     Observation,
@@ -51,7 +52,6 @@ ROUTE_BACK_WINDOW_M = 10.0
 ROUTE_AHEAD_WINDOW_M = 60.0
 COMMAND_TURN_RAD = 0.7
 COMMAND_AHEAD_POINTS = 3
-MISSING_CAMERA = ('mask', 'last_valid', 'drop')
 NS = 1_000_000_000
 
 

@@ -341,15 +341,19 @@ def test_the_process_holds_no_model_code(drive):
 
 
 @pytest.mark.parametrize(
-    ('name', 'value', 'words'),
+    ('parameters', 'words'),
     [
-        ('vehicle_file', 'absent.yaml', 'name a vehicle file'),
-        ('output_hz', 500.0, 'output_hz'),
-        ('autoware', True, 'autoware_planning_msgs is not installed'),
+        ({'vehicle_file': 'absent.yaml'}, 'name a vehicle file'),
+        ({'output_hz': 500.0}, 'output_hz'),
+        ({'autoware': True}, 'set it to map'),
+        (
+            {'autoware': True, 'output_frame': 'map'},
+            'which is not installed',
+        ),
     ],
 )
-def test_a_bad_parameter_is_one_sentence_and_exit_2(launch, name, value, words):
-    process = launch('guardian', **{name: value})
+def test_a_bad_parameter_is_one_sentence_and_exit_2(launch, parameters, words):
+    process = launch('guardian', **parameters)
     process.process.wait(30)
     assert process.exit_status == 2
     assert words in process.last_line()

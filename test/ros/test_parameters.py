@@ -39,7 +39,7 @@ def test_the_parameter_file_holds_the_defaults(node):
 def test_the_carla_overlay_sets_parameters_that_exist():
     content = yaml.safe_load((ROOT / 'config' / 'carla.param.yaml').read_text())
     for node, parts in content.items():
-        kind = {entry.name: entry for entry in fields(settings_of(node.removeprefix('/**/')))}
+        kind = {entry.name: entry for entry in fields(SETTINGS[node.removeprefix('/**/')])}
         written = parts['ros__parameters']
         assert written.pop('use_sim_time') is True
         for name, value in written.items():

@@ -125,7 +125,7 @@ def test_timing_takes_turns_and_counts_every_call():
 def test_every_stage_is_called_with_its_own_shapes(toy):
     calls = stage_calls(OnnxBackend(load_model_dir(toy.path)))
     assert list(calls) == ['vision', 'prefill_action', 'prefill_reason', 'decode', 'step']
-    assert calls['step']().shape == (1, toy.config.waypoints, 3)
+    assert calls['step']().shape == (1, 1, toy.config.waypoints, 3)
 
 
 @pytest.mark.parametrize(('text', 'ms'), [('100ms', 100.0), ('0.05s', 50.0), ('33.3ms', 33.3)])

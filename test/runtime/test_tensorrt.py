@@ -676,7 +676,8 @@ def test_a_reasoning_is_the_same_and_its_cache_goes_up_once(gpu, directory, toy)
     for backend in (TensorRTBackend(directory), OnnxBackend(directory)):
         for _ in range(2):
             gpu.calls.clear()
-            reasoning, cache = Reasoner(backend, toy.layout).run(Prompt(0, ids, embeds, valid))
+            reasoning, answer = Reasoner(backend, toy.layout).run(Prompt(0, ids, embeds, valid))
+            cache = answer.cache
             said.append((reasoning, cache.keys, cache.values))
             if backend.name == 'tensorrt':
                 assert len(gpu.copies(1, cache.keys.nbytes)) == 2

@@ -17,7 +17,7 @@ from random_rows import random_rows, write_shards  # noqa: E402
 from spanvla_ros import cli  # noqa: E402
 from spanvla_ros.model.action_heads import HEADS, AnswerError, AnswerHead  # noqa: E402
 from spanvla_ros.model.checkpoint import load_model_dir  # noqa: E402
-from spanvla_ros.model.config import ModelConfig  # noqa: E402
+from spanvla_ros.model.config import ModelConfig, with_settings  # noqa: E402
 from spanvla_ros.model.policy import load_policy, new_policy, save_policy  # noqa: E402
 from spanvla_ros.runtime.export import export_model  # noqa: E402
 from spanvla_ros.runtime.observations import ObservationBuilder  # noqa: E402

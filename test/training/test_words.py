@@ -29,9 +29,9 @@ class Parrot:
     def reason_slice(self, budget_ms):
         number = int(self.seen.frames[0][0].image[0, 0, 0])
         text = self.sayings[number] if self.deaf is None else self.deaf
-        return Reasoning(
-            self.seen.stamp_ns, text, 'slow' if text else 'fast', 5, True if text else None
-        )
+        thinking = 'slow' if text else 'fast'
+        agrees = True if text else None
+        return Reasoning(self.seen.stamp_ns, text, thinking, 5, agreement=agrees)
 
 
 def test_only_what_a_picture_tells_is_named():
