@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from spanvla_ros.model.policy import settle_directory
-from spanvla_ros.training.loop import MODEL_DIR, REFUSED_DIR, STAGES, STATE_DIR, train
+from spanvla_ros.training.loop import STAGES, train
 from spanvla_ros.training.parallel import run_group
+from spanvla_ros.training.run import MODEL_DIR, REFUSED_DIR, STATE_DIR
 from spanvla_ros.training.settings import load_settings
 from spanvla_ros.types import SpanvlaError
 

@@ -54,7 +54,7 @@ KILLED = """
     import os, signal, sys
     from spanvla_ros import cli
     from spanvla_ros.model import policy
-    from spanvla_ros.training import loop
+    from spanvla_ros.training import run
 
     place, count = sys.argv[1], 0
 
@@ -70,11 +70,11 @@ KILLED = """
             return real(*arguments, **options)
         return call
 
-    loop.write_text = at('state', loop.write_text)
-    loop.write_tensors = at('tensors', loop.write_tensors)
-    loop.swap_directory = policy.swap_directory = at('rename', loop.swap_directory)
+    run.write_text = at('state', run.write_text)
+    run.write_tensors = at('tensors', run.write_tensors)
+    run.swap_directory = policy.swap_directory = at('rename', run.swap_directory)
     # Save after every step.
-    loop._Run.save_due = True
+    run.Run.save_due = True
     sys.exit(cli.main(sys.argv[2:]))
 """
 
