@@ -21,6 +21,8 @@ MARGIN = 0.12
 STRONG = 0.25
 STRONG_SCALE = 0.15
 MORE_OBEY = 0.08
+NOTHING = 0.05
+MARGIN_OF_NOTHING = 0.08
 BLACK = 12.0
 FROZEN_MPS = 2.0
 
@@ -233,7 +235,9 @@ def _explain(
     values = [(_value(sight, mount, idea), idea) for idea, mount in ideas]
     top, first = max(values, key=lambda pair: pair[0])
     margin = STRONG if first.scale == 1.0 else STRONG_SCALE
-    if top - given < margin or top < 0.55:
+    # Where its own mount explains nothing at all, less of another explanation is enough.
+    nothing = given < NOTHING and top > given + MARGIN_OF_NOTHING
+    if not nothing and (top - given < margin or top < 0.55):
         return None
     # Of explanations that do equally well, another's mount first: its partner confirms or not.
     close = [idea for found_value, idea in values if found_value > top - 0.04]
