@@ -137,6 +137,14 @@ def draw_times(
     return drawn
 
 
+def _answer_at_source(policy: Policy, prefix: Prefix, valid: Tensor, batch: Batch) -> Tensor:
+    """The expert's numbers `[B, T, A]` when asked once, at the source."""
+    state = torch.zeros_like(batch.target)[:, None]
+    time = _features(torch.zeros(len(batch), 1))
+    answer: Tensor = policy.expert(state, time, batch.ego, prefix.keys, prefix.values, valid)
+    return answer[:, 0].float()
+
+
 def l1_loss(
     policy: Policy,
     prefix: Prefix,
@@ -146,10 +154,8 @@ def l1_loss(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """L1 of the expert's one answer at the source."""
-    state = torch.zeros_like(batch.target)[:, None]
-    time = _features(torch.zeros(len(batch), 1))
-    answer = policy.expert(state, time, batch.ego, prefix.keys, prefix.values, valid)
-    return {'l1': functional.l1_loss(answer[:, 0].float(), batch.target)}
+    answer = _answer_at_source(policy, prefix, valid, batch)
+    return {'l1': functional.l1_loss(answer, batch.target)}
 
 
 def diffusion_loss(
@@ -196,10 +202,8 @@ def parallel_loss(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Cross entropy of the action token of every waypoint."""
-    state = torch.zeros_like(batch.target)[:, None]
-    time = _features(torch.zeros(len(batch), 1))
-    logits = policy.expert(state, time, batch.ego, prefix.keys, prefix.values, valid)
-    found = functional.cross_entropy(logits[:, 0].flatten(0, 1).float(), batch.actions.flatten())
+    logits = _answer_at_source(policy, prefix, valid, batch)
+    found = functional.cross_entropy(logits.flatten(0, 1), batch.actions.flatten())
     return {'token': found}
 
 
