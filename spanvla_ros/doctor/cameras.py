@@ -24,7 +24,6 @@ MORE_OBEY = 0.08
 NOTHING = 0.05
 MARGIN_OF_NOTHING = 0.08
 BLACK = 12.0
-FROZEN_MPS = 2.0
 
 
 @dataclass(frozen=True)

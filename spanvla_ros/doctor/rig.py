@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -269,8 +269,3 @@ def _keep_picture(camera: Camera, message: Any, stamp_ns: int, every_s: float) -
         size = (PICTURE_WIDTH_PX, round(height_px * PICTURE_WIDTH_PX / width_px))
         gray = np.asarray(cv2.resize(gray, size, interpolation=cv2.INTER_AREA), np.uint8)
     camera.keep(stamp_ns, gray, every_s)
-
-
-def seen_kinds(rig: Rig) -> Mapping[str, str]:
-    """Type by topic."""
-    return {name: stream.topic.kind for name, stream in rig.streams.items()}

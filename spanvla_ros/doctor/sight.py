@@ -27,7 +27,6 @@ MAX_ROUND_TRIP_PX = 0.7
 TOLERANCE_PX = 0.8
 TOLERANCE_SHARE = 0.1
 NEAREST_M = 0.7
-FLIPS = ('none', 'mirrored', 'turned')
 Gray = UInt8[np.ndarray, 'h w']
 
 
