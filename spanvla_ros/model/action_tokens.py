@@ -9,6 +9,7 @@ disks of the paper's 0.05 m cover little; what then remains of K goes to the wor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,16 @@ class ActionCodebook:
         """Tokens of poses in `base_link` (present excluded), rolled from the decoded state."""
         state = np.zeros(3)
         tokens = np.empty(len(poses), dtype=np.int64)
-        for index, target in enumerate(_corners(poses)):
-            reached = world_from_local(state, self.motions)
-            tokens[index] = int(np.argmin(_distance(_corners(reached), target)))
-            state = reached[tokens[index]]
+        for index, target in enumerate(poses):
+            # Distances are the same in the frame of the state, where the corners stay as they are.
+            near = _corners(local_from_world(state, target))
+            tokens[index] = int(np.argmin(_distance(self._motion_corners, near)))
+            state = world_from_local(state, self.motions[tokens[index]])
         return tokens
+
+    @cached_property
+    def _motion_corners(self) -> Float64[np.ndarray, 'k 4 2']:
+        return _corners(self.motions)
 
     def decode(self, tokens: Int64[np.ndarray, 't']) -> Float64[np.ndarray, 't 3']:
         """Poses in `base_link` of a row of tokens."""

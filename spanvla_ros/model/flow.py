@@ -193,10 +193,10 @@ def decode_trajectory(
 _ANGULAR = 2.0 * np.pi / np.geomspace(TIME_PERIODS[1], TIME_PERIODS[0], TIME_FEATURES // 2)
 
 
-def time_features(time: float) -> Float32[np.ndarray, '128']:
-    """Sines and cosines of the flow time, made here so that no graph needs them."""
-    phase = _ANGULAR * time
-    return np.concatenate([np.sin(phase), np.cos(phase)]).astype(np.float32)
+def time_features(time: float | Float64[np.ndarray, '*n']) -> Float32[np.ndarray, '*n 128']:
+    """Sines and cosines of flow times, made here so that no graph needs them."""
+    phase = np.multiply.outer(time, _ANGULAR)
+    return np.concatenate([np.sin(phase), np.cos(phase)], axis=-1).astype(np.float32)
 
 
 def euler(

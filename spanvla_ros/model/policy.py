@@ -94,6 +94,11 @@ class Policy(nn.Module):
         self.normalization: Normalization | None = None
         self.codebook: ActionCodebook | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.expert.point.device
+
     def look(self, images: Tensor) -> Tensor:
         """Visual tokens `[B, pictures * n, H]` of uint8 RGB pictures `[B, pictures, h, w, 3]`."""
         batch, pictures = images.shape[:2]
@@ -124,9 +129,10 @@ class Policy(nn.Module):
             raise SpanvlaError(f'head {self.config.head}: plans only by `runtime.planner`')
 
         def ask(x: np.ndarray, at: float) -> np.ndarray:
-            time = torch.from_numpy(time_features(at)).expand(*x.shape[:2], -1)
-            found = self.expert(torch.from_numpy(x), time, ego, prefix.keys, prefix.values, valid)
-            return np.asarray(found.float().numpy())
+            time = torch.from_numpy(time_features(at)).to(ego.device).expand(*x.shape[:2], -1)
+            state = torch.from_numpy(x).to(ego.device)
+            found = self.expert(state, time, ego, prefix.keys, prefix.values, valid)
+            return np.asarray(found.float().cpu().numpy())
 
         return head.plan(self.config, self.normalization, ask, steps or self.config.steps, sources)
 
@@ -317,7 +323,7 @@ def settle_directory(place: Path) -> None:
 
 
 def _arrays(module: nn.Module, kind: type[np.floating[Any]]) -> dict[str, np.ndarray]:
-    return {name: p.detach().numpy().astype(kind) for name, p in module.named_parameters()}
+    return {name: p.detach().cpu().numpy().astype(kind) for name, p in module.named_parameters()}
 
 
 @torch.no_grad()

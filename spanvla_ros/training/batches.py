@@ -7,7 +7,7 @@ function of (seed, step, process) and a resumed run sees the same batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +35,9 @@ class Batch:
     them are text (with the marks around it) and which are actions. `seen` marks the answer slots
     the expert may attend to. `actions [B, T]` are the action tokens of the future, where the model
     has a codebook. `picture_valid` is 0 where a picture was taken away. `rows` are the rows and
-    `observations` what was made of theirs; in `kept` a stage keeps what it needs again when it
-    updates more than once on this batch. `prefix` holds the bridged K/V of prompt and answer where
-    they come from a cache.
+    `observations` what was made of theirs, both without pictures; in `kept` a stage keeps what it
+    needs again when it updates more than once on this batch. `prefix` holds the bridged K/V of
+    prompt and answer where they come from a cache.
     """
 
     images: Tensor
@@ -61,6 +61,22 @@ class Batch:
     def __len__(self) -> int:
         """Number of rows."""
         return self.ids.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has a line for each row, by name."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        if device == self.ids.device:
+            return self
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()
+        }
+        if self.prefix is not None:
+            moved['prefix'] = Prefix(self.prefix.keys.to(device), self.prefix.values.to(device))
+        return replace(self, **moved)
 
 
 def make_batch(
@@ -116,9 +132,15 @@ def make_batch(
         picture_valid=torch.tensor(
             [[float(f is not None) for c in seen.frames for f in c] for seen in observations]
         ),
-        rows=tuple(rows),
-        observations=tuple(observations),
+        rows=tuple(_unseen(row) for row in rows),
+        observations=tuple(replace(seen, frames=()) for seen in observations),
     )
+
+
+def _unseen(row: TrainingRow) -> TrainingRow:
+    """The row without its pictures, which are in the batch."""
+    observation = replace(row.sample.observation, frames=())
+    return replace(row, sample=replace(row.sample, observation=observation))
 
 
 def _pictures(observation: Observation, policy: Policy) -> np.ndarray:

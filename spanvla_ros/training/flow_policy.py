@@ -50,7 +50,8 @@ def step_mean(
     ego: Tensor,
 ) -> Tensor:
     """The Euler step from a state `[B, G, T, 3]`."""
-    time = torch.from_numpy(time_features(index / steps)).expand(*state.shape[:2], -1)
+    time = torch.from_numpy(time_features(index / steps)).to(state.device)
+    time = time.expand(*state.shape[:2], -1)
     velocity = policy.expert(state, time, ego, prefix.keys, prefix.values, valid).float()
     return state + velocity / steps
 
@@ -73,10 +74,11 @@ def sample_chains(
     state = policy.config.noise_std * (SHARED_NOISE * shared + POINT_NOISE * own)
     if policy.config.source == 'gaussian':
         state = own
+    state = state.to(ego.device)
     states = [state]
     for index in range(steps):
         mean = step_mean(policy, state, index, steps, prefix, valid, ego)
-        draw = torch.randn(mean.shape, generator=generator)
+        draw = torch.randn(mean.shape, generator=generator).to(mean.device)
         state = mean + step_std(index, steps, noise) * draw
         states.append(state)
     return Chains(torch.stack(states))
@@ -107,7 +109,7 @@ def to_rollouts(policy: Policy, batch: Batch, chains: Chains) -> list[Rollout]:
         raise SpanvlaError('grpo: the model has no normalization; train sft first')
     config, std = policy.config, policy.normalization.std
     found: list[Rollout] = []
-    for seen, group in zip(batch.observations, chains.states[-1].numpy(), strict=True):
+    for seen, group in zip(batch.observations, chains.states[-1].cpu().numpy(), strict=True):
         source = source_path(config.source, seen, config.times_s)
         found += [Rollout(decode_trajectory(state, source, std)) for state in group]
     return found

@@ -48,7 +48,9 @@ class HeldOut:
         self.observations = [_unprompted(row.sample.observation, settings) for row in rows]
         chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
         self.sources = [np.stack([_source(row, policy) for row in chunk]) for chunk in chunks]
-        self.batches = [make_batch(chunk, policy, settings, None) for chunk in chunks]
+        self.batches = [
+            make_batch(chunk, policy, settings, None).to(policy.device) for chunk in chunks
+        ]
 
     @torch.no_grad()
     def plan(self, policy: Policy) -> np.ndarray:
@@ -114,8 +116,8 @@ class HeldOut:
     @torch.no_grad()
     def seeing(self, policy: Policy) -> dict[str, float]:
         """F1 of rare classes per token, error of facts, over all processes."""
-        counts = torch.zeros(3, len(PRESENT_CLASSES))
-        errors = torch.zeros(len(FACTS) + 1)
+        counts = torch.zeros(3, len(PRESENT_CLASSES), device=policy.device)
+        errors = torch.zeros(len(FACTS) + 1, device=policy.device)
         for batch in self.batches:
             presence, facts = policy.heads(policy.look(batch.images))
             count_presence(counts, presence, batch)
@@ -123,7 +125,7 @@ class HeldOut:
             errors[-1] += len(batch)
         for tensor in (counts, errors):
             self.group.sum(tensor)
-        right, said, true = counts.numpy()
+        right, said, true = counts.cpu().numpy()
         found = {
             f'f1_{PRESENT_CLASSES[k].replace(" ", "_")}': float(
                 2 * right[k] / max(said[k] + true[k], 1.0)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,36 @@ NOISE_SEED = 0
 
 @dataclass(frozen=True)
 class KvCache:
-    """Rows with their K/V: `keys` and `values` are `[rows, layers, kv, slots, size]` on disk."""
+    """Rows with their K/V: `keys` and `values` are `[rows, layers, kv, slots, size]` on disk.
+
+    On a GPU those of the bridged layers are held there, as `[layers, rows, kv, slots, size]`.
+    """
 
     batch: Batch
     keys: np.ndarray
     values: np.ndarray
     layers: tuple[int, ...]
+    held: Prefix | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.batch)
 
+    def held_on(self, device: torch.device) -> KvCache:
+        """The cache with all that a run reads of it on a GPU."""
+        keys, values = (
+            torch.stack([torch.from_numpy(stored[:, at].copy()).to(device) for at in self.layers])
+            for stored in (self.keys, self.values)
+        )
+        return replace(self, batch=self.batch.to(device), held=Prefix(keys, values))
+
     def at(self, indices: np.ndarray) -> Batch:
         """A batch of some rows with the K/V of the bridged layers."""
         chosen = torch.from_numpy(indices)
+        if self.held is not None:
+            chosen = chosen.to(self.held.keys.device)
+            near = Prefix(self.held.keys[:, chosen].float(), self.held.values[:, chosen].float())
+            return replace(_picked(self.batch, chosen), prefix=near)
         keys, values = (
             torch.from_numpy(stored[indices][:, list(self.layers)].astype(np.float32))
             for stored in (self.keys, self.values)
@@ -95,7 +111,8 @@ def open_cache(
         known = _make(folder, policy, batches, len(rows), settings)
         write_text(folder / ABOUT_FILE, json.dumps(about, indent=1) + '\n')
     keys, values = (np.load(folder / f'{name}.npy', mmap_mode='r') for name in ('keys', 'values'))
-    return KvCache(_joined(known), keys, values, policy.backbone.bridged)
+    cache = KvCache(_joined(known), keys, values, policy.backbone.bridged)
+    return cache if policy.device.type == 'cpu' else cache.held_on(policy.device)
 
 
 def _about(
@@ -103,7 +120,7 @@ def _about(
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, weight in sorted(policy.backbone.named_parameters()):
-        digest.update(name.encode() + weight.detach().numpy().tobytes())
+        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
     chosen = '\n'.join(str(shards.scene_ids[row]) for row in rows)
     layout = policy.config
     return {
@@ -146,9 +163,10 @@ def _make(
     with tqdm(total=count, desc='K/V', unit='row', disable=None) as bar, torch.no_grad():
         for batch in batches:
             stop = start + len(batch)
-            prefix, _, _ = run_backbone(policy, batch, settings, tuple(range(backbone.layers)))
+            layers = tuple(range(backbone.layers))
+            prefix, _, _ = run_backbone(policy, batch.to(policy.device), settings, layers)
             for file, part in zip(stored, (prefix.keys, prefix.values), strict=True):
-                kept = part[..., :length, :].transpose(0, 1)
+                kept = part[..., :length, :].transpose(0, 1).cpu()
                 file[start:stop, :, :, : kept.shape[3]] = kept.numpy().astype(np.float16)
             known.append(_without_images(batch))
             start = stop
@@ -168,7 +186,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     """All batches as one, without pictures; answers are padded to one length."""
     longest = max(batch.answer.shape[1] for batch in batches)
     parts: dict[str, Any] = {}
-    for name in _tensors_of(batches[0]):
+    for name in batches[0].tensors():
         tensors = [getattr(batch, name) for batch in batches]
         if name in ('answer', 'reasoning_weight', 'action_weight', 'seen'):
             tensors = [
@@ -180,10 +198,5 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 
 def _picked(batch: Batch, chosen: torch.Tensor) -> Batch:
-    picked: dict[str, Any] = {name: getattr(batch, name)[chosen] for name in _tensors_of(batch)}
+    picked: dict[str, Any] = {name: one[chosen] for name, one in batch.tensors().items()}
     return Batch(**picked)
-
-
-def _tensors_of(batch: Batch) -> list[str]:
-    names = (field.name for field in fields(Batch))
-    return [name for name in names if isinstance(getattr(batch, name), torch.Tensor)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -36,11 +36,10 @@ from spanvla_ros.model.policy import (
     policy_from_folder,
     with_config,
 )
-from spanvla_ros.training.batches import Batch, make_batch
-from spanvla_ros.training.data.shards import FACTS, ShardSet
+from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.feed import Feed
 from spanvla_ros.training.heldout import HeldOut
-from spanvla_ros.training.kv_cache import open_cache
-from spanvla_ros.training.optimizer import Optimizer, draw_order
+from spanvla_ros.training.optimizer import Optimizer
 from spanvla_ros.training.parallel import Group
 from spanvla_ros.training.promotion import Promotion
 from spanvla_ros.training.run import EVALUATE, MODEL_DIR, REFUSED_DIR, STOP, Position, Run
@@ -67,17 +66,18 @@ def train(
     resume: Path | None,
 ) -> None:
     """Run one stage in this process of the group; see `TrainSettings` for its length."""
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    # Filling fresh memory is a debugging aid of that mode; nothing here reads it.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    device = prepare_device(settings, group)
     module = STAGES[stage]
+    if settings.cache and stage != 'action-expert':
+        raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
     shards = ShardSet(settings.data)
     policy = with_adapters(start_policy(settings, init), settings)
     earlier = [] if init is None or is_network_folder(init) else trained_before(init)
     if resume:
         earlier = earlier[:-1]
     fit_targets(policy, shards)
-    optimizer = Optimizer(policy, module.parts(policy, settings), settings)
+    parts = module.parts(policy, settings)
+    optimizer = Optimizer(policy.to(device), parts, settings)
     position = restore(policy, optimizer, resume, stage) if resume else Position()
     run = Run(group, stage, settings, out, earlier, position)
     heldout = None
@@ -86,19 +86,19 @@ def train(
     promotion = _promotion(group, stage, settings)
     if settings.compiled:
         compile_vision(policy)
-    feed = _Feed(stage, shards, policy, settings, group)
+    steps = Feed(module.ANSWERS, shards, policy, settings, group).steps(run.step)
+    half = settings.precision == 'bf16'
     code = 0
     while not code & STOP:
-        seeds = [settings.seed, run.step, group.rank]
-        rng = np.random.default_rng(seeds)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        batch, indices = feed.at(run.step, rng, module.ANSWERS)
+        step = next(steps)
+        generator = torch.Generator().manual_seed(step.seed)
+        batch = step.batch.to(device)
         word = run.next_word()
         for _ in range(settings.updates):
             optimizer.zero()
-            with torch.autocast('cpu', torch.bfloat16, enabled=settings.precision == 'bf16'):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 losses = module.losses(policy, batch, settings, generator)
-            check_losses(losses, run.step, [shards.where(index) for index in indices])
+            check_losses(losses, run.step, shards, step.indices)
             # What has no gradient is only reported.
             minimised = [loss for loss in losses.values() if loss.requires_grad]
             torch.stack(minimised).sum().backward()
@@ -120,6 +120,26 @@ def train(
         )
 
 
+def prepare_device(settings: TrainSettings, group: Group) -> torch.device:
+    """Where this process trains; only on a CPU is a run the same bit for bit.
+
+    Raises:
+        SpanvlaError: there is no GPU for this process.
+    """
+    if settings.device == 'cpu':
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        # Filling fresh memory is a debugging aid of that mode; nothing here reads it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        return torch.device('cpu')
+    if torch.cuda.device_count() < group.size:
+        raise SpanvlaError(
+            f'train: {group.size} processes on device cuda need as many GPUs, torch finds '
+            f'{torch.cuda.device_count()}; set processes, or device=cpu'
+        )
+    torch.set_float32_matmul_precision('high')
+    return torch.device('cuda', group.rank)
+
+
 def with_adapters(policy: Policy, settings: TrainSettings) -> Policy:
     """The policy, with LoRA adapters on its backbone if they are asked for."""
     if settings.lora_rank:
@@ -138,47 +158,16 @@ def _promotion(group: Group, stage: str, settings: TrainSettings) -> Promotion |
     return Promotion(ShardSet(settings.heldout), settings)
 
 
-class _Feed:
-    """Batches of a run by step: made of rows, or of keys and values cached before."""
-
-    def __init__(
-        self, stage: str, shards: ShardSet, policy: Policy, settings: TrainSettings, group: Group
-    ) -> None:
-        self._shards, self._policy, self._settings = shards, policy, settings
-        usable = np.flatnonzero(np.isin(shards.labels.astype(str), settings.labels.split()))
-        if len(usable) < settings.batch:
-            raise SpanvlaError(
-                f'{settings.data}: holds {len(usable)} rows of {settings.labels}, fewer than one '
-                'batch'
-            )
-        weights = row_weights(shards.facts[usable], settings)
-        self._cached = None
-        if settings.cache:
-            if stage != 'action-expert':
-                raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
-            usable = usable[draw_order(weights, 0, 0)][: settings.cache_rows or None]
-            self._cached = open_cache(Path(settings.cache), policy, shards, usable, settings)
-            # The cached rows were drawn by their weights.
-            weights = np.ones(len(self._cached))
-        self._usable, self._rows = usable, _Draw(weights, settings, group)
-
-    def at(self, step: int, rng: np.random.Generator, answers: str) -> tuple[Batch, np.ndarray]:
-        """The batch of a step, and the numbers of its rows."""
-        drawn = self._rows.at(step)
-        indices = self._usable[drawn]
-        if self._cached is not None:
-            return self._cached.at(drawn), indices
-        rows = self._shards.rows(indices)
-        return make_batch(rows, self._policy, self._settings, rng, answers), indices
-
-
-def check_losses(losses: Mapping[str, torch.Tensor], step: int, rows: Sequence[str]) -> None:
+def check_losses(
+    losses: Mapping[str, torch.Tensor], step: int, shards: ShardSet, indices: np.ndarray
+) -> None:
     """Refuse a loss that is not finite, naming the rows it came from."""
     for name, loss in losses.items():
         if not torch.isfinite(loss):
+            rows = ', '.join(shards.where(index) for index in indices[:4])
             raise SpanvlaError(
                 f'train: loss {name} of step {step} is {float(loss.detach())}; look at '
-                f'{", ".join(rows[:4])}{" ..." if len(rows) > 4 else ""}, or lower learning_rate'
+                f'{rows}{" ..." if len(indices) > 4 else ""}, or lower learning_rate'
             )
 
 
@@ -255,17 +244,6 @@ def compile_vision(policy: Policy) -> None:
     policy.backbone.vision = vision  # type: ignore[method-assign]
 
 
-def row_weights(facts: np.ndarray, settings: TrainSettings) -> np.ndarray:
-    """Weight of each row: rare classes come more often than they are."""
-    column = {name: facts[:, index].astype(np.float64) for index, name in enumerate(FACTS)}
-    return (
-        1.0
-        + settings.weight_pedestrian * (column['pedestrian_on_road'] > 0.5)
-        + settings.weight_light * (column['light_inverse_distance'] > 0.0)
-        + settings.weight_lead * (column['lead'] > 0.5)
-    )
-
-
 def restore(policy: Policy, optimizer: Optimizer, folder: Path, stage: str) -> Position:
     """Take weights, moments and position from a saved state."""
     try:
@@ -282,22 +260,3 @@ def restore(policy: Policy, optimizer: Optimizer, folder: Path, stage: str) -> P
             parameter.copy_(torch.from_numpy(weights[name]))
     optimizer.restore(read_tensors(folder / 'optimizer.safetensors'))
     return position
-
-
-class _Draw:
-    """Row numbers of each step for this process."""
-
-    def __init__(self, weights: np.ndarray, settings: TrainSettings, group: Group) -> None:
-        self._weights, self._settings, self._group = weights, settings, group
-        self._orders: dict[int, np.ndarray] = {}
-
-    def at(self, step: int) -> np.ndarray:
-        batch, rows = self._settings.batch, len(self._weights)
-        places = range(step * batch + self._group.rank, (step + 1) * batch, self._group.size)
-        return np.array([self._order(place // rows)[place % rows] for place in places])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
-            self._orders[epoch] = draw_order(self._weights, self._settings.seed, epoch)
-        return self._orders[epoch]

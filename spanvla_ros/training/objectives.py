@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,7 +43,7 @@ def picture_loss(policy: Policy, embeds: Tensor, batch: Batch) -> Tensor:
     cells = functional.binary_cross_entropy_with_logits(
         presence.float(),
         batch.presence,
-        pos_weight=torch.tensor(PRESENCE_WEIGHT),
+        pos_weight=presence.new_tensor(PRESENCE_WEIGHT, dtype=torch.float32),
         reduction='none',
     )
     weight = batch.picture_valid.repeat_interleave(policy.config.image_tokens, 1)[..., None]
@@ -56,7 +55,7 @@ def facts_loss(facts: Tensor, batch: Batch) -> Tensor:
     """Smooth-L1 on the facts of rows with all pictures."""
     whole = batch.picture_valid.amin(1, keepdim=True)
     error = functional.smooth_l1_loss(facts.float(), batch.facts, reduction='none', beta=FACT_BETA)
-    error = error * torch.tensor(FACT_WEIGHT) * whole
+    error = error * error.new_tensor(FACT_WEIGHT) * whole
     return error.sum() / (whole.sum() * error.shape[1]).clamp_min(1.0)
 
 
@@ -111,10 +110,11 @@ def flow_loss(
         start = own
     else:
         start = policy.config.noise_std * (SHARED_NOISE * shared + POINT_NOISE * own)
-    target = batch.target[:, None]
-    where = time[..., None, None]
+    # Drawn on the CPU, so that a draw is the same whatever trains.
+    target, start = batch.target[:, None], start.to(batch.target.device)
+    features, where = _features(time, start), time.to(start.device)[..., None, None]
     state = (1.0 - where) * start + where * target
-    velocity = policy.expert(state, _features(time), batch.ego, prefix.keys, prefix.values, valid)
+    velocity = policy.expert(state, features, batch.ego, prefix.keys, prefix.values, valid)
     loss = functional.smooth_l1_loss(velocity.float(), target - start, beta=1.0)
     return {'flow': 2.0 * loss}
 
@@ -140,7 +140,7 @@ def draw_times(
 def _answer_at_source(policy: Policy, prefix: Prefix, valid: Tensor, batch: Batch) -> Tensor:
     """The expert's numbers `[B, T, A]` when asked once, at the source."""
     state = torch.zeros_like(batch.target)[:, None]
-    time = _features(torch.zeros(len(batch), 1))
+    time = _features(torch.zeros(len(batch), 1), state)
     answer: Tensor = policy.expert(state, time, batch.ego, prefix.keys, prefix.values, valid)
     return answer[:, 0].float()
 
@@ -172,16 +172,18 @@ def diffusion_loss(
     step a scene, all anchors noised apart.
     """
     assert policy.normalization is not None
+    device = batch.target.device
     anchors = torch.from_numpy(anchors_of(policy.normalization)).float()
     rows = len(batch)
     step = torch.rand(rows, 1, generator=generator) * TRUNCATED_STEPS
     kept = torch.from_numpy(kept_share(step.double().numpy())).float()[..., None, None]
     noise = torch.randn(rows, *anchors.shape, generator=generator)
-    state = kept.sqrt() * anchors + (1.0 - kept).sqrt() * noise
-    time = _features(diffusion_times(step)).expand(-1, len(anchors), -1)
+    state = (kept.sqrt() * anchors + (1.0 - kept).sqrt() * noise).to(device)
+    anchors = anchors.to(device)
+    time = _features(diffusion_times(step), state).expand(-1, len(anchors), -1)
     answer = policy.expert(state, time, batch.ego, prefix.keys, prefix.values, valid).float()
     nearest = (batch.target[:, None] - anchors).square().sum((-1, -2)).argmin(-1)
-    chosen = answer[torch.arange(rows), nearest, :, :AXES]
+    chosen = answer[torch.arange(rows, device=device), nearest, :, :AXES]
     return {
         'anchor': functional.cross_entropy(answer[..., AXES].mean(-1), nearest),
         'l1': functional.l1_loss(chosen, batch.target),
@@ -215,6 +217,7 @@ EXPERT_LOSSES: dict[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
-def _features(time: Tensor) -> Tensor:
-    rows = [time_features(float(value)) for value in time.flatten()]
-    return torch.from_numpy(np.stack(rows)).view(*time.shape, -1)
+def _features(time: Tensor, like: Tensor) -> Tensor:
+    """Features of flow times drawn on the CPU, where `like` is."""
+    rows = time_features(time.double().numpy())
+    return torch.from_numpy(rows).to(like.device)

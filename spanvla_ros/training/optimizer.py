@@ -35,7 +35,7 @@ class Optimizer:
         self.settings = settings
         self._eyes = {id(p) for part in policy.backbone.eyes for p in part.parameters()}
         count = sum(p.numel() for p in self.named.values())
-        self.flat = torch.zeros(count + 2)
+        self.flat = torch.zeros(count + 2, device=policy.device)
         start = 0
         for parameter in self.named.values():
             stop = start + parameter.numel()
@@ -77,11 +77,12 @@ class Optimizer:
         Returns:
             The first process's word.
         """
-        self.flat[-2:] = torch.tensor(word if group.leads else (0.0, 0.0))
-        group.sum(self.flat)
-        said = [float(value) for value in self.flat[-2:]]
-        self.flat[-2:] = 0.0
+        said = list(word)
         if group.size > 1:
+            self.flat[-2:] = self.flat.new_tensor(word if group.leads else (0.0, 0.0))
+            group.sum(self.flat)
+            said = self.flat[-2:].tolist()
+            self.flat[-2:] = 0.0
             self.flat /= group.size
         norm = float(self.flat.norm())
         if not math.isfinite(norm):
@@ -101,14 +102,14 @@ class Optimizer:
         tensors: dict[str, np.ndarray] = {}
         for name, parameter in self.named.items():
             for key, value in self._adamw.state[parameter].items():
-                tensors[f'{key}/{name}'] = value.numpy()
+                tensors[f'{key}/{name}'] = value.cpu().numpy()
         return tensors
 
     def restore(self, tensors: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave."""
         for name, parameter in self.named.items():
             kept = {
-                key: torch.from_numpy(tensors[f'{key}/{name}'].copy())
+                key: torch.from_numpy(tensors[f'{key}/{name}'].copy()).to(parameter.device)
                 for key in ('step', 'exp_avg', 'exp_avg_sq')
                 if f'{key}/{name}' in tensors
             }

@@ -89,8 +89,9 @@ def _member(
     # One machine: the loopback address always resolves, the host name may not.
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     torch.set_num_threads(threads)
+    # Sums of tensors on GPUs travel by nccl, words between processes by gloo.
     distributed.init_process_group(
-        'gloo',
+        'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
         init_method=f'file://{meeting}',
         rank=rank,
         world_size=size,

@@ -49,7 +49,7 @@ class Promotion:
         found = []
         for start in range(0, len(self._rows), CHUNK):
             rows = self._rows[start : start + CHUNK]
-            batch = make_batch(rows, policy, self._settings, None)
+            batch = make_batch(rows, policy, self._settings, None).to(policy.device)
             generator = torch.Generator().manual_seed(start)
             rollouts = sample_rollouts(policy, batch, self._settings, generator)
             size = self._settings.group

@@ -10,8 +10,11 @@ A scorer that fails raises: nothing is ever rewarded 0 because it could not be c
 
 from __future__ import annotations
 
+import itertools
 import math
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -101,6 +104,27 @@ def group_reward(
             raise SpanvlaError(f'reward {name}: {asked.sample.scene_id} gives {term.values}')
         total = total + weights[name] * term.values
     return GroupReward(settings.reward_scale * total, terms, weights, settings.reward_scale)
+
+
+def group_rewards(
+    asked: Sequence[Asked], groups: Sequence[Sequence[Rollout]], settings: TrainSettings
+) -> list[GroupReward]:
+    """The rewards of several groups, computed by `scorers` processes where there are some."""
+    jobs = zip(asked, groups, itertools.repeat(settings), strict=False)
+    if not settings.scorers:
+        return [group_reward(*job) for job in jobs]
+    size = max(1, len(asked) // (2 * settings.scorers))
+    return list(_scorers(settings.scorers).map(_group_reward, jobs, chunksize=size))
+
+
+def _group_reward(job: tuple[Asked, Sequence[Rollout], TrainSettings]) -> GroupReward:
+    return group_reward(*job)
+
+
+@lru_cache(maxsize=1)
+def _scorers(count: int) -> ProcessPoolExecutor:
+    # A fork of a process that uses a GPU could use it no more; these start afresh.
+    return ProcessPoolExecutor(count, multiprocessing.get_context('spawn'))
 
 
 def weight_of(name: str, settings: TrainSettings) -> float:

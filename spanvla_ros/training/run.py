@@ -176,7 +176,7 @@ class Run:
             shutil.rmtree(self.out / REFUSED_DIR, ignore_errors=True)
         building = self.out / f'.{STATE_DIR}.tmp'
         building.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().numpy() for n, p in policy.named_parameters()}
+        weights = {n: p.detach().cpu().numpy() for n, p in policy.named_parameters()}
         write_tensors(building / 'weights.safetensors', weights)
         write_tensors(building / 'optimizer.safetensors', optimizer.state())
         about = {'stage': self.stage, 'step': self.step, 'elapsed_s': elapsed_s}

@@ -16,6 +16,7 @@ from spanvla_ros.types import SpanvlaError
 ROLLOUT_POLICIES = ('tokens', 'flow')
 LABELS = ('positive', 'negative', 'recovery')
 PRECISIONS = ('fp32', 'bf16')
+DEVICES = ('cpu', 'cuda')
 TIME_SAMPLERS = ('uniform', 'beta', 'logit_normal')
 MODEL_SETTINGS = (
     'head', 'interval', 'source', 'waypoints', 'anchors', 'noise_std', 'expert_width',
@@ -48,6 +49,10 @@ class TrainSettings:
     `lora_rank` above zero trains low-rank adapters on `lora_targets` of the language model in
     place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
     without which new tokens stay as drawn.
+
+    `device` is `cpu` or `cuda`, then a GPU a process. Batches are made by `feeders` processes
+    ahead of their use (0: by the training process itself), rewards of GRPO by `scorers` processes;
+    the batches are the same whoever makes them.
 
     Rows are drawn with weight 1 + the three class weights where the row has the class; those
     whose label is not among `labels` never: supervised stages must not learn negatives.
@@ -130,6 +135,9 @@ class TrainSettings:
     cot_center: float = 160.0
     cot_slope: float = 0.03
     lint_rows: int = 32
+    device: str = 'cpu'
+    feeders: int = 0
+    scorers: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -205,6 +213,8 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: give either steps or minutes, above zero')
     if settings.precision not in PRECISIONS:
         raise SpanvlaError(f'{where}: precision must be one of {", ".join(PRECISIONS)}')
+    if settings.device not in DEVICES:
+        raise SpanvlaError(f'{where}: device must be one of {", ".join(DEVICES)}')
     if settings.cache and (settings.processes > 1 or settings.end_to_end):
         raise SpanvlaError(f'{where}: cache needs processes 1 and end_to_end false')
     if settings.time_sampler not in TIME_SAMPLERS:

@@ -62,7 +62,7 @@ class Grammar:
         action = torch.zeros(vocabulary, dtype=torch.bool)
         action[torch.from_numpy(self.head.allowed(self.layout, 0))] = True
         anything = torch.ones(vocabulary, dtype=torch.bool)
-        self.allowed = torch.stack([words, action, anything])
+        self.allowed = torch.stack([words, action, anything]).to(policy.device)
         self.room = self.config.answer_tokens - ENDING_TOKENS
         self.most_actions = self.config.waypoints * (
             WAYPOINT_WORDS if self.config.head == 'text' else 1
@@ -102,10 +102,13 @@ def sample_answers(
         for kv in (prompt.keys, prompt.values)
     )
     attended = functional.pad(valid.repeat_interleave(group, 0), (0, longest))
-    ids = torch.full((rows, longest), layout.padding_id)
-    kind = torch.full((rows, longest), FORCED)
-    there = torch.zeros(rows, longest)
+    ids = torch.full((rows, longest), layout.padding_id, device=valid.device)
+    kind = torch.full_like(ids, FORCED)
+    there = torch.zeros_like(ids, dtype=torch.float32)
     drawer = _Drawer(grammar, rows)
+    if valid.is_cuda:
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        generator = torch.Generator(valid.device).manual_seed(seed)
     logits = None
     for step in range(longest):
         token, drawn_from = drawer.next(logits, temperature, generator)
@@ -114,7 +117,7 @@ def sample_answers(
         if drawer.done:
             break
         new = policy.backbone.decode(
-            token[:, None], torch.tensor([slots + step]), keys, values, attended
+            token[:, None], ids.new_tensor([slots + step]), keys, values, attended
         )
         assert new.hidden is not None
         keys[..., slots + step, :] = new.keys[..., 0, :]
@@ -132,10 +135,10 @@ class _Drawer:
 
     def __init__(self, grammar: Grammar, rows: int) -> None:
         self.grammar = grammar
-        self.phase = torch.full((rows,), self.BEGIN)
-        self.said = torch.zeros(rows, dtype=torch.long)
-        self.acted = torch.zeros(rows, dtype=torch.long)
-        self.closed = torch.ones(rows, dtype=torch.bool)
+        self.phase = torch.full((rows,), self.BEGIN, device=grammar.allowed.device)
+        self.said = torch.zeros_like(self.phase)
+        self.acted = torch.zeros_like(self.phase)
+        self.closed = torch.ones_like(self.phase, dtype=torch.bool)
 
     @property
     def done(self) -> bool:
@@ -145,9 +148,9 @@ class _Drawer:
         self, logits: Tensor | None, temperature: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The next token of each answer, and what it was drawn from."""
-        layout, rows = self.grammar.layout, len(self.phase)
-        token = torch.full((rows,), layout.padding_id)
-        kind = torch.full((rows,), FORCED)
+        layout = self.grammar.layout
+        token = torch.full_like(self.phase, layout.padding_id)
+        kind = torch.full_like(self.phase, FORCED)
         kind[self.phase == self.THINK] = WORDS
         kind[self.phase == self.ACT] = ACTION
         if logits is not None:
@@ -246,7 +249,8 @@ def to_rollouts(policy: Policy, answers: Answers) -> list[Rollout]:
     if policy.normalization is None:
         raise SpanvlaError('grpo: the model has no normalization; train sft first')
     found = []
-    for row, there, closed in zip(answers.ids, answers.valid, answers.closed, strict=True):
+    ids, valid, closed_ids = answers.ids.cpu(), answers.valid.cpu(), answers.closed.tolist()
+    for row, there, closed in zip(ids, valid, closed_ids, strict=True):
         words = row[there > 0].tolist()
         text = layout.decode_answer(words)
         start = words.index(layout.action_start_id) + 1 if layout.action_start_id in words else 0
@@ -258,5 +262,5 @@ def to_rollouts(policy: Policy, answers: Answers) -> list[Rollout]:
             poses = None
         fast = not text or text.startswith(FAST_TEXT)
         thinking = 'fast' if fast else 'slow'
-        found.append(Rollout(poses, '' if fast else text, thinking, bool(closed)))
+        found.append(Rollout(poses, '' if fast else text, thinking, closed))
     return found

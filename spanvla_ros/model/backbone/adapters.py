@@ -123,7 +123,7 @@ def save_adapters(network: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lora: Any = network.peft_config[_NAME]
     lora.save_pretrained(str(folder))
-    tensors = {name: weight.detach().numpy() for name, weight in _weights(network).items()}
+    tensors = {name: weight.detach().cpu().numpy() for name, weight in _weights(network).items()}
     write_tensors(folder / ADAPTER_FILE, tensors)
 
 

@@ -33,7 +33,7 @@ from spanvla_ros.model.backbone.adapters import (
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training import flow_policy, token_policy
 from spanvla_ros.training.batches import Batch
-from spanvla_ros.training.rewards import REWARDS, Asked, GroupReward, Rollout, group_reward
+from spanvla_ros.training.rewards import REWARDS, Asked, GroupReward, Rollout, group_rewards
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages.sft import bridge, slots
 from spanvla_ros.types import SpanvlaError
@@ -137,20 +137,17 @@ def sample_group(
 ) -> Group:
     """Answers, rewards and log-probs for a batch."""
     rollouts, log_probs, chosen = _sampled(policy, batch, settings, generator)
-    rewards = [
-        group_reward(
-            Asked(row.sample, row.scoring, policy.config.times_s),
-            rollouts[at * settings.group : (at + 1) * settings.group],
-            settings,
-        )
-        for at, row in enumerate(batch.rows)
-    ]
+    asked = [Asked(row.sample, row.scoring, policy.config.times_s) for row in batch.rows]
+    size = settings.group
+    groups = [rollouts[at * size : (at + 1) * size] for at in range(len(asked))]
+    rewards = group_rewards(asked, groups, settings)
     totals = np.stack([reward.total for reward in rewards])
     with torch.no_grad():
         old = log_probs()
         with adapters_off(policy):
             reference = log_probs()
     advantage = torch.from_numpy(advantages(totals).astype(np.float32)).flatten()
+    advantage = advantage.to(policy.device)
     report = describe(rewards, rollouts)
     return Group(log_probs, old, reference, chosen, advantage, report)
 
@@ -227,4 +224,5 @@ def _flow(
         )
 
     rollouts = flow_policy.to_rollouts(policy, batch, chains)
-    return rollouts, log_probs, torch.ones(len(rollouts), policy.config.steps)
+    chosen = torch.ones(len(rollouts), policy.config.steps, device=policy.device)
+    return rollouts, log_probs, chosen

@@ -77,7 +77,7 @@ def run_backbone(
         embeds = policy.look(batch.images)
         return backbone.prefill(ids, embeds, valid, layers), embeds, batch.ids.shape[1]
     text = backbone.text_places
-    answer = torch.arange(batch.ids.shape[1], ids.shape[1])
+    answer = torch.arange(batch.ids.shape[1], ids.shape[1], device=ids.device)
     places = torch.cat([text, answer])
     prefix = backbone.prefill(ids[:, places], None, valid[:, places], layers, places)
     return prefix, None, len(text)
