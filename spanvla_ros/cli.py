@@ -96,6 +96,14 @@ COMMANDS = {
             '--out out/eval',
         ),
     ),
+    'table': Command(
+        'spanvla_ros.training.table',
+        'measure several models on the same held-out rows, each paired with the first',
+        (
+            'spanvla table shipped=models/town steps2=models/town:2 --scenes out/held_out '
+            '--out out/table',
+        ),
+    ),
     'export': Command(
         'spanvla_ros.runtime.export',
         'write the graphs of a model and prove that they match it',
