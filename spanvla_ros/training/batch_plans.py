@@ -33,11 +33,16 @@ LIKELIEST = 1e-3
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table: its name, a model (or run) directory, Euler steps (None: its own)."""
+    """One line of a table: its name and a model (or run) directory.
+
+    `steps` are Euler steps, None for the model's own; with `tokens` a model with an expert head
+    plans by the action tokens of its answer instead.
+    """
 
     name: str
     path: Path
     steps: int | None = None
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def plan_entry(entry: Entry, shards: ShardSet, indices: np.ndarray, device: torc
     for start in tqdm(range(0, len(indices), CHUNK), desc=entry.name, unit='batch', disable=None):
         rows = shards.rows(indices[start : start + CHUNK])
         batch = make_batch(rows, policy, settings, None).to(device)
-        found.append(plan_batch(policy, batch, rows, settings, entry.steps))
+        found.append(plan_batch(policy, batch, rows, settings, entry))
     return Plans(entry.name, np.concatenate(found), policy.config.times_s, directory.sha256)
 
 
@@ -74,11 +79,11 @@ def plan_batch(
     batch: Batch,
     rows: list[TrainingRow],
     settings: TrainSettings,
-    steps: int | None = None,
+    entry: Entry,
 ) -> Float64[np.ndarray, 'n t 3']:
     """Plans of one batch made for evaluation."""
     config = policy.config
-    if isinstance(head_of(config), AnswerHead):
+    if entry.tokens or isinstance(head_of(config), AnswerHead):
         prompt, _, _ = run_backbone(policy, batch, settings, None)
         answers = token_policy.sample_answers(
             policy, prompt, batch.valid, 1, LIKELIEST, torch.Generator().manual_seed(0)
@@ -91,4 +96,4 @@ def plan_batch(
     sources = np.stack(
         [source_path(config.source, row.sample.observation, config.times_s) for row in rows]
     )
-    return policy.plan(bridged, batch.ego, slots(policy, batch, settings), sources, steps)
+    return policy.plan(bridged, batch.ego, slots(policy, batch, settings), sources, entry.steps)

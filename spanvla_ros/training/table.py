@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from spanvla_ros.types import SpanvlaError
 
 PLANS_DIR, TABLE_FILE, PAGE_FILE = 'plans', 'table.json', 'table.md'
 SCORES = ('pdms', 'epdms')
+ENTRY = re.compile(r'(?P<name>[\w.+-]+)=(?P<path>.+?)(:(?P<steps>\d+)|:(?P<tokens>tokens))?')
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `spanvla table`."""
     parser.add_argument(
-        'models', nargs='+', metavar='NAME=DIR[:STEPS]',
-        help='lines of the table; the others are paired with the first',
+        'models', nargs='+', metavar='NAME=DIR[:STEPS|:tokens]',
+        help='lines of the table, each paired with the first; STEPS are Euler steps, tokens plans '
+        'by the action tokens of the answer',
     )  # fmt: skip
     parser.add_argument('--scenes', required=True, type=Path, help='held-out scene set')
     parser.add_argument('--out', required=True, type=Path, help='directory of plans and table')
@@ -71,13 +74,13 @@ def parse_entry(text: str) -> Entry:
     """A line as typed.
 
     Raises:
-        SpanvlaError: it is not NAME=DIR or NAME=DIR:STEPS.
+        SpanvlaError: it is not NAME=DIR, NAME=DIR:STEPS or NAME=DIR:tokens.
     """
-    name, equals, rest = text.partition('=')
-    path, _, steps = rest.rpartition(':') if rest.rpartition(':')[2].isdigit() else (rest, '', '')
-    if not equals or not name.strip() or not path or '/' in name or (steps and int(steps) < 1):
-        raise SpanvlaError(f'table: {text!r}: write it as NAME=DIR or NAME=DIR:STEPS')
-    return Entry(name.strip(), Path(path), int(steps) if steps else None)
+    found = ENTRY.fullmatch(text)
+    if not found or found['steps'] == '0':
+        raise SpanvlaError(f'table: {text!r}: write NAME=DIR, NAME=DIR:STEPS or NAME=DIR:tokens')
+    steps = int(found['steps']) if found['steps'] else None
+    return Entry(found['name'], Path(found['path']), steps, bool(found['tokens']))
 
 
 def choose(shards: ShardSet, limit: int) -> np.ndarray:
