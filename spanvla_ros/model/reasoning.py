@@ -29,8 +29,16 @@ KINDS = (
     'left turn',
     'right turn',
     'curve',
+    'stop sign',
+    'construction zone',
+    'parked car',
+    'lane change',
+    'oncoming car',
+    'roundabout',
 )
-BEHAVIOURS = ('stopped', 'braking', 'steady', 'crossing', 'waiting', 'ahead', 'left', 'right')
+BEHAVIOURS = (
+    'stopped', 'braking', 'steady', 'crossing', 'waiting', 'ahead', 'left', 'right', 'merging',
+)  # fmt: skip
 CLEAR_ROAD = 'road clear'
 MAX_COMPONENTS = 3
 DISTANCE_STEP_M = 5
@@ -170,6 +178,8 @@ def _explains(component: Component, decision: Decision) -> bool:
         return component.kind == 'left turn' or component.behaviour == 'left'
     if decision.lateral == 'turn right':
         return component.kind == 'right turn' or component.behaviour == 'right'
+    if decision.lateral.startswith('change'):
+        return component.kind in ('lane change', 'construction zone', 'parked car')
     if decision.longitudinal == 'accelerate':
         return component.kind == 'green light'
     return (component.kind, component.behaviour) == ('lead vehicle', 'steady')

@@ -24,6 +24,9 @@ WINDOW: Color = (45, 50, 60)
 LAMP_DARK: Color = (90, 20, 20)
 LAMP_LIT: Color = (255, 30, 20)
 HEADLAMP: Color = (250, 250, 220)
+INDICATOR: Color = (255, 150, 0)
+CONE: Color = (255, 110, 10)
+SIGN_RED: Color = (215, 20, 25)
 SIGNAL_RED: Color = (255, 20, 20)
 SIGNAL_GREEN: Color = (40, 255, 60)
 SKINS: tuple[Color, ...] = ((225, 180, 150), (150, 105, 75), (95, 65, 45))
@@ -175,8 +178,12 @@ def car(
     color: Color,
     *,
     braking: bool,
+    blinks: int = 0,
 ) -> Box:
-    """A car by its centre pose and length, width, height; braking lights its rear lamps."""
+    """A car by its centre pose and length, width, height; braking lights its rear lamps.
+
+    `blinks`: 1 lights the indicators of its left side, -1 those of its right.
+    """
     length, width, height = size
     half = width / 2
     rear, lamp = (LAMP_LIT, elements.BRAKE) if braking else (LAMP_DARK, elements.VEHICLE)
@@ -196,6 +203,14 @@ def car(
         Patch(face, length * 0.3, -length * 0.3, 1.05, height - 0.12, WINDOW, elements.VEHICLE)
         for face in ('left', 'right')
     ]
+    if blinks:
+        edge = blinks * half
+        patches += [
+            Patch('rear', max(edge, 0.5 * edge), min(edge, 0.5 * edge), 1.12, 1.4, INDICATOR,
+                  elements.VEHICLE, lit=True),
+            Patch('left' if blinks > 0 else 'right', length * 0.5, length * 0.4, 0.7, 1.0,
+                  INDICATOR, elements.VEHICLE, lit=True),
+        ]  # fmt: skip
     return Box(*pose, length, width, height - 0.25, color, elements.VEHICLE, 0.25, tuple(patches))
 
 
@@ -229,6 +244,40 @@ def signal(pose: tuple[float, float, float], *, red: bool) -> tuple[Box, ...]:
         Box(*pose, 0.2, 0.2, 1.6, (70, 70, 70), elements.OTHER),
         Box(*pose, 0.3, 1.0, 1.5, (25, 25, 25), elements.OTHER, 1.6, lamps),
     )
+
+
+def stop_sign(pose: tuple[float, float, float]) -> tuple[Box, ...]:
+    """An octagonal stop sign on a pole, as large and low as a signal's lamps; faces as theirs."""
+    sign = elements.RED
+    face = (
+        Patch('rear', 0.35, -0.35, 1.6, 1.85, SIGN_RED, sign),
+        Patch('rear', 0.6, -0.6, 1.85, 2.55, SIGN_RED, sign),
+        Patch('rear', 0.35, -0.35, 2.55, 2.8, SIGN_RED, sign),
+        Patch('rear', 0.45, -0.45, 2.1, 2.3, (245, 245, 245), elements.OTHER),
+    )
+    return (Box(*pose, 0.15, 0.15, 2.8, (120, 120, 120), elements.OTHER, 0.0, face),)
+
+
+def cone(pose: tuple[float, float, float]) -> Box:
+    """A large traffic cone with a white collar."""
+    collar = tuple(
+        Patch(face, 0.25, -0.25, 0.45, 0.65, (245, 245, 245), elements.OTHER)
+        for face in ('rear', 'front', 'left', 'right')
+    )
+    return Box(*pose, 0.45, 0.45, 0.95, CONE, elements.OTHER, 0.0, collar)
+
+
+def barrier(pose: tuple[float, float, float], width_m: float) -> Box:
+    """A striped board across a closed lane; its rear faces the traffic."""
+    count = max(2, round(width_m / 0.5))
+    edges = np.linspace(width_m / 2, -width_m / 2, count + 1).tolist()
+    stripes = tuple(
+        Patch(face, edges[i], edges[i + 1], 0.5, 1.2,
+              SIGN_RED if i % 2 == 0 else (245, 245, 245), elements.OTHER)
+        for i in range(count)
+        for face in ('rear', 'front')
+    )  # fmt: skip
+    return Box(*pose, 0.4, width_m, 1.25, CONE, elements.OTHER, 0.0, stripes)
 
 
 def house(pose: tuple[float, float, float], size: tuple[float, float, float], color: Color) -> Box:

@@ -16,7 +16,7 @@ from jaxtyping import Float64
 
 from spanvla_ros.geometry import local_from_world, world_from_local, wrap_angle
 from spanvla_ros.model.reasoning import Component, Decision, meta_action
-from spanvla_ros.town.road_users import Pedestrian, idm
+from spanvla_ros.town.road_users import FRONT_M, Car, Pedestrian, idm, takes_lane
 from spanvla_ros.town.roads import SPACING_M
 from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, Observation, Plan, Trajectory
@@ -32,7 +32,6 @@ SIGHT_M = 60.0
 PEDESTRIAN_SIGHT_M = 45.0
 TURN_SIGHT_M = 40.0
 CURVE_PER_M = 1.0 / 70.0
-LANE_HALF_M = 1.6
 CLEAR_OF_LANE_M = 2.4
 
 
@@ -92,6 +91,7 @@ def look(world: World) -> Sight:
         obstacles += parts[0]
         components += parts[1]
     components += _bends(world, front)
+    components += _line_changes(world, front)
     return Sight(tuple(obstacles), tuple(sorted(components, key=lambda c: c.distance_m)))
 
 
@@ -99,16 +99,27 @@ def _leads(world: World, front: float) -> tuple[list[Obstacle], list[Component]]
     obstacles, components = [], []
     for car in world.cars:
         gap = car.s_m - car.size[0] / 2 - front
-        if not car.ahead or abs(car.d_m) > LANE_HALF_M or gap < -3.0 or car.off_lane:
-            continue
-        if gap > SIGHT_M:
+        if not blocks_line(car, world) or not -3.0 <= gap <= SIGHT_M:
             continue
         braking = car.accel_mps2 < -0.4
         obstacles.append(Obstacle(gap, car.speed_mps, car.accel_mps2 if braking else 0.0))
         how = 'stopped' if car.speed_mps < 0.3 else 'braking' if braking else 'steady'
+        if car.blinks:
+            how = 'merging'
         components.append(Component('lead vehicle', max(gap, 0.0), how))
     nearest = min(components, key=lambda c: c.distance_m, default=None)
     return obstacles, [nearest] if nearest else []
+
+
+def blocks_line(car: Car, world: World) -> bool:
+    """Whether a car ahead is in the way of the line to drive, where it is or a length before.
+
+    A length before: so much sooner the ego's front gets there, when it may still be changing over.
+    """
+    if not world.around.shifts:
+        return takes_lane(car)
+    here, before = (world.around.line_at(car.s_m - back)[0] for back in (0.0, FRONT_M + 2.0))
+    return takes_lane(car, here, CLEAR_OF_LANE_M) or takes_lane(car, before, CLEAR_OF_LANE_M)
 
 
 def _people(world: World, front: float) -> tuple[list[Obstacle], list[Component]]:
@@ -139,7 +150,7 @@ def _lights(world: World, front: float) -> tuple[list[Obstacle], list[Component]
         gap = world.corridor.junctions[light.junction].stop_m - front
         if not -STOP_BEFORE_LINE_M < gap < SIGHT_M:
             continue
-        name = 'red light' if light.red else 'green light'
+        name = 'stop sign' if light.sign else 'red light' if light.red else 'green light'
         components.append(Component(name, max(gap, 0.0), 'ahead'))
         speed = world.state.speed_mps
         if light.red and speed * speed / (2 * max(gap + 0.3, 0.1)) < HARD_DECEL_MPS2:
@@ -167,6 +178,26 @@ def _bends(world: World, front: float) -> list[Component]:
         left = (ahead[sharp[0]] > 0) != world.mirror
         distance = max(float(sharp[0]) * SPACING_M - (front - world.ego_s_m), 0.0)
         components.append(Component('curve', distance, 'left' if left else 'right'))
+    return components
+
+
+def _line_changes(world: World, front: float) -> list[Component]:
+    """Why the line leaves the lane's middle: what stands there, or a lane change of the route."""
+    places: dict[str, list[float]] = {}
+    for thing in world.around.obstructions:
+        name = 'parked car' if thing.kind == 'vehicle' else 'construction zone'
+        places.setdefault(name, []).append(thing.s_m - front)
+    components = []
+    for name, gaps in places.items():
+        ahead = [gap for gap in gaps if -2.0 < gap < SIGHT_M]
+        if ahead:
+            components.append(Component(name, max(min(ahead), 0.0), 'ahead'))
+    if world.around.shifts and not places:
+        shift = world.around.shifts[0]
+        gap = shift.start_m - front
+        if gap < TURN_SIGHT_M and world.ego_s_m < shift.start_m + 0.7 * shift.ramp_m:
+            left = (shift.by_m > 0) != world.mirror
+            components.append(Component('lane change', max(gap, 0.0), 'left' if left else 'right'))
     return components
 
 
@@ -204,16 +235,21 @@ def _return_to_lane(
     world: World, ego: EgoState, along_m: Float64[np.ndarray, 't']
 ) -> Float64[np.ndarray, 't 3']:
     """Poses in the unmirrored `base_link` while the offset decays, heading kept at the start."""
-    corridor = world.corridor
-    offset = world.ego_d_m
+    corridor, around = world.corridor, world.around
+    line, line_slope = around.line_at(world.ego_s_m)
+    offset = world.ego_d_m - line
     _, _, road_yaw = corridor.place(world.ego_s_m, 0.0)
-    slope = math.tan(min(max(float(wrap_angle(ego.yaw_rad - road_yaw)), -0.8), 0.8))
+    slope = math.tan(min(max(float(wrap_angle(ego.yaw_rad - road_yaw)), -0.8), 0.8)) - line_slope
     reach = max(7.0, 1.2 * ego.speed_mps)
     push = slope + offset / reach
     decay = np.exp(-along_m / reach)
     side = (offset + push * along_m) * decay
     turn = (push - (offset + push * along_m) / reach) * decay
-    places = corridor.places(np.minimum(world.ego_s_m + along_m, corridor.length_m), side)
+    at_m = np.minimum(world.ego_s_m + along_m, corridor.length_m)
+    if around.shifts:
+        lines = np.array([around.line_at(s) for s in at_m.tolist()])
+        side, turn = side + lines[:, 0], turn + lines[:, 1]
+    places = corridor.places(at_m, side)
     places[:, 2] += np.arctan(turn)
     return local_from_world(ego.pose, places)
 

@@ -13,7 +13,8 @@ from spanvla_ros.town.elements import GroundPolygon, Tint
 from spanvla_ros.town.opendrive import Link, OpenDriveMap, Road
 from spanvla_ros.town.road_users import BrakeEvent, Car
 from spanvla_ros.town.roads import SPACING_M, Corridor, CrossSection, Stretch
-from spanvla_ros.town.traffic import Surroundings, World
+from spanvla_ros.town.surroundings import Surroundings
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, SpanvlaError, Vehicle
 
 POINT_STEP_M = 1.0

@@ -20,6 +20,10 @@ LEAVING_MPS = 6.0
 CLEAR_AFTER_LEAVING_M = 9.0
 # From the ego's base_link to its front bumper.
 FRONT_M = 4.05
+LANE_HALF_M = 1.6
+# A stop sign is obeyed by standing (or nearly) so near before its line.
+STOOD_MPS = 0.5
+STOOD_WITHIN_M = 4.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,16 @@ class BrakeEvent:
     decel_mps2: float
     to_mps: float
     hold_s: float
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A car's way into the ego's lane: from `from_m`, once the ego is `trigger_m` behind it."""
+
+    from_m: float
+    to_m: float
+    trigger_m: float
+    duration_s: float
 
 
 @dataclass
@@ -61,6 +75,16 @@ class Car:
     leaves_by: tuple[tuple[float, float, float], ...] = ()
     accel_mps2: float = 0.0
     event_since_s: float | None = None
+    merge: Merge | None = None
+    merged: float = 0.0
+    drift_rad: float = 0.0
+
+    @property
+    def blinks(self) -> int:
+        """Which way it indicates: 1 left, -1 right, 0 not."""
+        if self.merge is None or not 0.0 < self.merged < 1.0:
+            return 0
+        return 1 if self.merge.to_m > self.merge.from_m else -1
 
     @property
     def off_lane(self) -> bool:
@@ -103,7 +127,10 @@ class Pedestrian:
 
 @dataclass
 class Signal:
-    """The light of one junction: red until `green_after_s` after the ego came within reach."""
+    """The light of one junction: red until `green_after_s` after the ego came within reach.
+
+    With `sign` it is a stop sign: red until the ego has stood before the line.
+    """
 
     junction: int
     red: bool
@@ -111,6 +138,7 @@ class Signal:
     trigger_m: float = 45.0
     seen_s: float | None = None
     switched_s: float | None = None
+    sign: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +170,10 @@ def switch(light: Signal, street: Street) -> None:
     gap = street.corridor.junctions[light.junction].stop_m - street.ego_s_m
     if light.seen_s is None and gap < light.trigger_m:
         light.seen_s = street.time_s
+    if light.sign:
+        stood = street.ego_mps < STOOD_MPS and gap - FRONT_M < STOOD_WITHIN_M
+        light.red = light.red and not stood
+        return
     waited = street.time_s - light.seen_s if light.seen_s is not None else 0.0
     if light.red and waited >= light.green_after_s:
         light.red = False
@@ -189,6 +221,35 @@ def move_car(car: Car, street: Street, dt_s: float) -> None:
     move = 0.5 * (speed + car.speed_mps) * dt_s
     car.s_m += move if car.ahead else -move
     car.speed_mps = speed
+    if car.merge is not None:
+        _change_lane(car, car.merge, street, dt_s)
+
+
+def _change_lane(car: Car, merge: Merge, street: Street, dt_s: float) -> None:
+    gap = car.s_m - car.size[0] / 2 - street.ego_s_m - FRONT_M
+    if car.merged == 0.0 and gap > merge.trigger_m:
+        return
+    before = car.d_m
+    # It only turns as far as it rolls.
+    car.merged = min(car.merged + dt_s / merge.duration_s * min(1.0, car.speed_mps / 2.0), 1.0)
+    part = car.merged * car.merged * (3.0 - 2.0 * car.merged)
+    car.d_m = merge.from_m + part * (merge.to_m - merge.from_m)
+    car.drift_rad = math.atan2(car.d_m - before, max(car.speed_mps * dt_s, 0.1))
+    car.reacts = True
+
+
+def stay_in_lane(car: Car) -> None:
+    """Take back a lane change that has begun, and the wish for one."""
+    if car.merge is not None:
+        car.d_m, car.drift_rad, car.reacts = car.merge.from_m, 0.0, False
+        car.merge = None
+
+
+def takes_lane(car: Car, line_m: float = 0.0, clear_m: float = LANE_HALF_M) -> bool:
+    """Whether a car is in the way of one who drives at offset `line_m`, or is getting there."""
+    if not car.ahead or car.off_lane:
+        return False
+    return abs(car.d_m - line_m) < clear_m or (car.merge is not None and car.merged > 0.0)
 
 
 def _script(car: Car, street: Street) -> tuple[float, float]:

@@ -114,17 +114,16 @@ def _beside(world: World, rng: np.random.Generator) -> EgoState:
 
 
 def _heading_rad(world: World) -> float:
-    road_yaw = world.corridor.place(world.ego_s_m, 0.0)[2]
-    return abs(float(wrap_angle(world.state.yaw_rad - road_yaw)))
+    return abs(float(wrap_angle(world.state.yaw_rad - world.line_heading_rad())))
 
 
 def _tells_the_way(world: World) -> bool:
     return (
-        abs(world.ego_d_m) < FARTHEST_OFFSET_M
+        abs(world.beside_line_m) < FARTHEST_OFFSET_M
         and _heading_rad(world) < FARTHEST_HEADING_RAD
         and not world.tally.collided_with
     )
 
 
 def _off_line(world: World) -> bool:
-    return abs(world.ego_d_m) > OFF_LINE_M or _heading_rad(world) > OFF_LINE_RAD
+    return abs(world.beside_line_m) > OFF_LINE_M or _heading_rad(world) > OFF_LINE_RAD

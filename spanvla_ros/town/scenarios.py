@@ -1,18 +1,28 @@
 """Scenario families: each seed draws one drive from the ranges of `config/town/ranges.yaml`.
 
-Held-out seeds are 1,000,000 and above. After mReasoning's kinds of scene (SpanVLA), five
-families of short drives, and `mix`, a long road with all of them.
+Held-out seeds are 1,000,000 and above. After mReasoning's kinds of scene (SpanVLA), families of
+short drives, and `mix`, a long road with the first five of them. What a seed draws never changes:
+held-out sets are drawn anew from their seeds.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from spanvla_ros.town import bodies
 from spanvla_ros.town.elements import Box, Color, GroundPolygon, Tint
+from spanvla_ros.town.families import (
+    BEHIND_M,
+    BEYOND_M,
+    CLEAR_AFTER_M,
+    CLEAR_BEFORE_M,
+    NEW_FAMILIES,
+    obstruction_box,
+)
 from spanvla_ros.town.ranges import Ranges, Span, load_ranges, ranges_sha256
 from spanvla_ros.town.road_users import FRONT_M, BrakeEvent, Car, Pedestrian, Signal
 from spanvla_ros.town.roads import (
@@ -27,11 +37,13 @@ from spanvla_ros.town.roads import (
     lay_out,
 )
 from spanvla_ros.town.sites import is_free, leaving_path
-from spanvla_ros.town.traffic import Surroundings, World
+from spanvla_ros.town.surroundings import Obstruction, Shift, Surroundings
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, SpanvlaError, Vehicle
 
 __all__ = [
     'FAMILIES',
+    'FIRST_FAMILIES',
     'HAZARDS',
     'HELD_OUT_SEED',
     'MIX',
@@ -41,12 +53,18 @@ __all__ = [
     'ranges_sha256',
 ]
 
-FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
+FIRST_FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
+FAMILIES = (*FIRST_FAMILIES, *NEW_FAMILIES)
 MIX = 'mix'
 HELD_OUT_SEED = 1_000_000
-HAZARDS = {'lead_vehicle': 'lead', 'pedestrian': 'pedestrian', 'red_light': 'light'}
-BEHIND_M = 40.0
-BEYOND_M = 90.0
+HAZARDS = {
+    'lead_vehicle': 'lead',
+    'pedestrian': 'pedestrian',
+    'red_light': 'light',
+    **{name: family.hazard for name, family in NEW_FAMILIES.items() if family.hazard},
+}
+# Part of the seed: a new family goes to the end, or the others would draw other worlds.
+_NUMBERS = {name: number for number, name in enumerate((*FIRST_FAMILIES, MIX, *NEW_FAMILIES))}
 
 
 def make_world(
@@ -57,15 +75,14 @@ def make_world(
     Raises:
         SpanvlaError: unknown family.
     """
-    if family not in (*FAMILIES, MIX):
+    if family not in _NUMBERS:
         raise SpanvlaError(f'{family!r} is not a town family; use one of {(*FAMILIES, MIX)}')
-    number = (*FAMILIES, MIX).index(family)
-    rng = np.random.default_rng([number, seed])
-    world = _Draft(rng, ranges or Ranges(), family, seed).world()
+    rng = np.random.default_rng([_NUMBERS[family], seed])
+    world = Draft(rng, ranges or Ranges(), family, seed).world()
     return world if vehicle is None else replace(world, vehicle=vehicle)
 
 
-class _Draft:
+class Draft:
     """One world while it is drawn."""
 
     def __init__(self, rng: np.random.Generator, ranges: Ranges, family: str, seed: int) -> None:
@@ -77,6 +94,15 @@ class _Draft:
         self.pedestrians: list[Pedestrian] = []
         self.signals: list[Signal] = []
         self.extra_ground: list[GroundPolygon] = []
+        self.kind = NEW_FAMILIES.get(family)
+        self.shifts: list[Shift] = []
+        self.slow: list[tuple[float, float, float]] = []
+        self.obstructions: list[Obstruction] = []
+        self.obstruction_boxes: list[Box] = []
+        self.site_m = self.site_length_m = 0.0
+        self.start_offset_m: float | None = None
+        # The route tells of the shifts; no one comes the other way.
+        self.announced = self.quiet = False
 
     # -- draws -----------------------------------------------------------------------------
 
@@ -104,7 +130,9 @@ class _Draft:
         self.corridor = corridor
         self.paint = self.draw_paint()
         self.goal_m = BEHIND_M + drive_m
-        limits = _speed_limits(corridor, self.ranges)
+        if self.kind is not None:
+            self.kind.prepare(self)
+        limits = _speed_limits(corridor, self.ranges, self.shifts, self.slow)
         self.limits = limits
         ego = self.draw_ego()
         self.populate(ego)
@@ -122,7 +150,18 @@ class _Draft:
             time_limit_s=60.0 if self.family != MIX else drive_m / 3.0 + 60.0,
             family=self.family,
             seed=self.seed,
+            shifts=tuple(self.shifts),
+            obstructions=tuple(self.obstructions),
         )
+        if self.obstructions:
+            cleared = replace(
+                around,
+                shifts=(),
+                obstructions=(),
+                limits_mps=tuple(_speed_limits(corridor, self.ranges).tolist()),
+            )
+            houses = (*around.houses, *self.obstruction_boxes)
+            around = replace(around, houses=houses, cleared=cleared)
         hazard = HAZARDS.get(self.family, '')
         return World(around, Vehicle(), self.cars, self.pedestrians, self.signals, ego, hazard)
 
@@ -139,6 +178,8 @@ class _Draft:
     def draw_pieces(self) -> tuple[list[StretchPlan | JunctionPlan], float]:
         if self.family == MIX:
             return self.draw_long_road()
+        if self.kind is not None:
+            return self.kind.pieces(self)
         drive_m = float(round(self.within(self.ranges.drive_m)))
         total_m = BEHIND_M + drive_m + BEYOND_M
         if self.family in ('red_light', 'turns'):
@@ -218,12 +259,17 @@ class _Draft:
         if self.chance(self.ranges.standing_start_share):
             speed = 0.0
         speed = min(speed, float(self.limits[int(BEHIND_M / SPACING_M)]))
-        x, y, yaw = self.corridor.place(
-            BEHIND_M, float(np.clip(self.rng.normal() * 0.2, -0.5, 0.5))
-        )
+        offset = float(np.clip(self.rng.normal() * 0.2, -0.5, 0.5))
+        if self.start_offset_m is not None:
+            offset = self.start_offset_m
+        x, y, yaw = self.corridor.place(BEHIND_M, offset)
         return EgoState(0, x, y, (yaw + math.pi) % (2 * math.pi) - math.pi, speed)
 
     def populate(self, ego: EgoState) -> None:
+        if self.kind is not None:
+            self.kind.populate(self, ego)
+            self.add_scenery_traffic()
+            return
         if self.family == MIX:
             self.populate_mix()
         elif self.family == 'lead_vehicle':
@@ -324,7 +370,8 @@ class _Draft:
     def add_scenery_traffic(self) -> None:
         corridor, r = self.corridor, self.ranges
         share = max(1.0, corridor.length_m / 300.0)
-        for number in range(int(self.rng.poisson(r.oncoming_mean * share))):
+        oncoming = 0.0 if self.quiet else r.oncoming_mean * share
+        for number in range(int(self.rng.poisson(oncoming))):
             s = self.within((BEHIND_M + 25.0, corridor.length_m - 5.0))
             lane = int(self.rng.integers(corridor.section_at(s).opposing))
             speed = self.within((6.0, 11.0))
@@ -340,6 +387,8 @@ class _Draft:
             if any(j.start_m - 8.0 < s < j.end_m + 8.0 for j in corridor.junctions):
                 continue
             if any(abs(c.s_m - s) < 7.0 for c in self.cars if c.parked):
+                continue
+            if any(abs(o.s_m - s) < 8.0 for o in self.obstructions):
                 continue
             d = corridor.section_at(s).right_m - 1.25
             self.cars.append(
@@ -387,6 +436,32 @@ class _Draft:
                 waits = self.chance(self.ranges.pedestrian_waits_share)
                 self.add_pedestrian(min(s, junction.stop_m - 12.0), crosses=not waits)
 
+    # -- what closes part of the road --------------------------------------------------------
+
+    def shift_past(
+        self, start_m: float, end_m: float, ramp_m: float, by_m: float, speed_mps: float
+    ) -> None:
+        """Lead the line `by_m` to the left past a place, slowly."""
+        over_m = start_m - CLEAR_BEFORE_M - ramp_m
+        self.shifts.append(Shift(over_m, ramp_m, by_m))
+        self.shifts.append(Shift(end_m + CLEAR_AFTER_M, ramp_m, -by_m))
+        self.slow.append((over_m, end_m + CLEAR_AFTER_M, speed_mps))
+
+    def add_obstruction(self, kind: str, s_m: float, d_m: float, *, width_m: float = 0.45) -> None:
+        """Put a cone or a barrier on the road."""
+        pose = self.corridor.place(s_m, d_m)
+        name = f'{kind}_{len(self.obstructions)}'
+        thing = Obstruction(name, kind, s_m, pose, min(width_m, 0.45), width_m, 1.0)
+        self.obstructions.append(thing)
+        self.obstruction_boxes.append(obstruction_box(thing))
+
+    def add_parked_car(self, s_m: float, d_m: float, size: tuple[float, float, float]) -> None:
+        """Park a car partly in the lane."""
+        pose = self.corridor.place(s_m, d_m)
+        name = f'car_parked_in_lane_{len(self.obstructions)}'
+        self.obstructions.append(Obstruction(name, 'vehicle', s_m - size[0] / 2, pose, *size))
+        self.obstruction_boxes.append(bodies.car(pose, size, self.color(), braking=False))
+
     # -- scenery ---------------------------------------------------------------------------
 
     def draw_route(self) -> np.ndarray:
@@ -395,7 +470,9 @@ class _Draft:
             steps.append(
                 min(steps[-1] + self.within(self.ranges.route_step_m), self.corridor.length_m)
             )
-        points = self.corridor.places(np.array(steps), 0.0)[:, :2]
+        told = self.shifts if self.announced else ()
+        line = np.array([sum(shift.at(s)[0] for shift in told) for s in steps], dtype=np.float64)
+        points = self.corridor.places(np.array(steps), line)[:, :2]
         return points + self.rng.normal(size=points.shape) * self.ranges.route_noise_sd_m
 
     def draw_tint(self) -> Tint:
@@ -439,10 +516,22 @@ class _Draft:
         return tuple(found)
 
 
-def _speed_limits(corridor: Corridor, ranges: Ranges) -> np.ndarray:
+def _speed_limits(
+    corridor: Corridor,
+    ranges: Ranges,
+    shifts: Sequence[Shift] = (),
+    slow_zones: Sequence[tuple[float, float, float]] = (),
+) -> np.ndarray:
     """Speed along the ego lane: town limit, lateral acceleration, braking in time, end of road."""
-    bend = np.maximum(np.abs(corridor.curvature_per_m), 1e-4)
+    curvature = corridor.curvature_per_m
+    if shifts:
+        slope = [sum(shift.at(s)[1] for shift in shifts) for s in corridor.s_m.tolist()]
+        curvature = curvature + np.gradient(np.array(slope), SPACING_M)
+    bend = np.maximum(np.abs(curvature), 1e-4)
     limit = np.minimum(np.sqrt(ranges.lateral_accel_mps2 / bend), ranges.speed_limit_mps)
+    for start_m, end_m, speed_mps in slow_zones:
+        zone = slice(int(start_m / SPACING_M), int(end_m / SPACING_M) + 1)
+        limit[zone] = np.minimum(limit[zone], speed_mps)
     limit[-int(6.0 / SPACING_M) :] = 0.0
     slow = limit.tolist()
     for index in range(len(slow) - 2, -1, -1):

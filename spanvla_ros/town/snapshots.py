@@ -14,16 +14,16 @@ from jaxtyping import Float32, Float64
 
 from spanvla_ros.geometry import local_from_world
 from spanvla_ros.town.driver import (
-    LANE_HALF_M,
     PEDESTRIAN_SIGHT_M,
     SIGHT_M,
     ReferencePlan,
+    blocks_line,
     in_the_way,
     reference_plan,
 )
 from spanvla_ros.town.mirror import flip_scene
-from spanvla_ros.town.road_users import FRONT_M
-from spanvla_ros.town.roads import SPACING_M
+from spanvla_ros.town.road_users import FRONT_M, STOOD_MPS, STOOD_WITHIN_M
+from spanvla_ros.town.roads import LANE_WIDTH_M, SPACING_M
 from spanvla_ros.town.scenarios import HAZARDS, MIX, Ranges, make_world
 from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, Scene, SceneAgent
@@ -33,6 +33,7 @@ STRIDE_S = 0.3
 PAIR_SPEED_MPS = 1.0
 FACTS = 14
 PAIR_KINDS = ('lead', 'light', 'pedestrian')
+NEW_PAIR_KINDS = tuple(kind for kind in HAZARDS.values() if kind not in PAIR_KINDS)
 WIDE_OFFSET_M, WIDE_HEADING_SD_RAD = 1.5, 0.05
 
 
@@ -147,8 +148,10 @@ def moment_weight(world: World, plan: ReferencePlan) -> float:
         slowing_lead = name == 'lead vehicle' and near and how != 'steady'
         if slowing_lead or (name == 'pedestrian' and how == 'crossing'):
             weight += 4.0
-        elif name == 'red light' and near:
+        elif name in ('red light', 'stop sign') and near:
             weight += 1.2
+        elif name in ('construction zone', 'parked car', 'lane change', 'oncoming car'):
+            weight += 0.8
         elif name in ('lead vehicle', 'green light') and near:
             weight += 0.4
         elif name in ('left turn', 'right turn', 'curve', 'pedestrian'):
@@ -189,7 +192,11 @@ def perturbed(
     if wide is not None:
         side = float(wide.uniform(-WIDE_OFFSET_M, WIDE_OFFSET_M))
         turn = -math.copysign(abs(wide.normal()) * WIDE_HEADING_SD_RAD, side)
-    side -= world.ego_d_m
+    gaps = (o.s_m - world.ego_s_m for o in world.around.obstructions)
+    if any(-8.0 < gap < 25.0 for gap in gaps):
+        # Between cones there is no room to be elsewhere.
+        side, turn = 0.3 * side, 0.3 * turn
+    side -= world.beside_line_m
     if speed < 0.2:
         # A standing car lies as it drove up: nearly straight.
         side, turn = 0.4 * side, 0.4 * turn
@@ -213,9 +220,19 @@ def perturbed(
     if speed > 0.2 or abs(history[0, 0]) > 0.3:
         history[:, :2] += noise
     world.place_ego(moved)
+    _heed_signs(world, consistent=bool(consistent))
     if world.mirror:
         history = history * [1.0, -1.0, -1.0]
     return Snapshot(world, world.ego, history, reference_plan(world), bool(consistent))
+
+
+def _heed_signs(world: World, *, consistent: bool) -> None:
+    """After the ego was put elsewhere at another speed: has it stood before the sign's line?"""
+    for light in world.signals:
+        gap = world.corridor.junctions[light.junction].stop_m - world.ego_s_m - FRONT_M
+        if light.sign and gap > -1.0:
+            stands = world.state.speed_mps < STOOD_MPS and gap < STOOD_WITHIN_M
+            light.red = not stands and (light.red or not consistent)
 
 
 def _stoppable_mps(world: World) -> float:
@@ -224,12 +241,12 @@ def _stoppable_mps(world: World) -> float:
     gaps = [60.0]
     for car in world.cars:
         gap = car.s_m - car.size[0] / 2 - front
-        if car.ahead and abs(car.d_m) < LANE_HALF_M and gap > -3.0 and not car.off_lane:
+        if blocks_line(car, world) and gap > -3.0:
             gaps.append(gap + car.speed_mps**2 / 12.0)
     gaps += [w.s_m - 0.4 - front for w in world.pedestrians if w.walking and w.s_m > front]
     for light in world.signals:
         gap = world.corridor.junctions[light.junction].stop_m - front
-        if light.red and gap > -1.0:
+        if (light.red or light.sign) and gap > -1.0:
             gaps.append(gap)
     limit = world.around.limits_mps[int(world.ego_s_m / SPACING_M)]
     free = limit + 3.0
@@ -239,30 +256,39 @@ def _stoppable_mps(world: World) -> float:
 def _independent_past(world: World, speed: float, accel: float) -> Float64[np.ndarray, '3 3']:
     """A past at nearly constant speed along the lane, ending at the present pose."""
     bend = world.corridor.curvature_at(world.ego_s_m)
+    # Backwards in time a braking car was faster; it never rolled backwards.
+    ways = [-max(speed * -t - 0.5 * accel * t * t, 0.0) for t in HISTORY_S]
+    if world.around.shifts:
+        line = np.array([_on_line(world, world.ego_s_m + way) for way in (*ways, 0.0)])
+        return local_from_world(line[-1], line[:-1])
     past = []
-    for t in HISTORY_S:
-        # Backwards in time a braking car was faster; it never rolled backwards.
-        reach = speed * -t - 0.5 * accel * t * t
-        s = -max(reach, 0.0)
+    for s in ways:
         yaw = bend * s
         past.append((s * math.cos(yaw / 2), s * math.sin(yaw / 2), yaw))
     return np.array(past)
 
 
+def _on_line(world: World, s_m: float) -> tuple[float, float, float]:
+    offset, slope = world.around.line_at(s_m)
+    x, y, yaw = world.corridor.place(s_m, offset)
+    return x, y, yaw + math.atan(slope)
+
+
 def facts(world: World) -> Float32[np.ndarray, '14']:
     """What the picture shows, as numbers to be read from it.
 
-    Lead there, 10 / its gap, its brake lamps; red, green, 10 / distance to the light; pedestrian
-    on the road, 10 / distance; lane offset in metres, heading to the lane times 10, lateral
-    position of the lane 10, 20, 30 and 45 m ahead divided by 2, 3, 5, 10. Gaps from the bumper,
-    at least 2 m; beyond sight nothing is there.
+    Lead there, 10 / its gap, its brake lamps; red (a light or a stop sign, obeyed or not), green,
+    10 / distance to its line; pedestrian on the road, 10 / distance; lane offset in metres,
+    heading to the lane times 10, lateral position of the lane 10, 20, 30 and 45 m ahead divided
+    by 2, 3, 5, 10. The lane is that of the line to drive. Gaps from the bumper, at least 2 m;
+    beyond sight nothing is there.
     """
     out = np.zeros(FACTS, dtype=np.float32)
     front = world.ego_s_m + FRONT_M
     leads = [
         (c.s_m - c.size[0] / 2 - front, c.braking)
         for c in world.cars
-        if c.ahead and abs(c.d_m) < LANE_HALF_M and not c.off_lane and c.s_m > world.ego_s_m
+        if blocks_line(c, world) and c.s_m > world.ego_s_m
     ]
     gap, braking = min(leads, default=(math.inf, False))
     if gap < SIGHT_M:
@@ -270,7 +296,8 @@ def facts(world: World) -> Float32[np.ndarray, '14']:
     for light in world.signals:
         gap = world.corridor.junctions[light.junction].stop_m - front
         if -1.0 < gap < SIGHT_M:
-            out[3:6] = float(light.red), float(not light.red), 10.0 / max(gap, 2.0)
+            red = light.red or light.sign
+            out[3:6] = float(red), float(not red), 10.0 / max(gap, 2.0)
             break
     people = [w.s_m - 0.4 - front for w in world.pedestrians if in_the_way(w, world)]
     gap = min((g for g in people if g > -1.0), default=math.inf)
@@ -279,9 +306,10 @@ def facts(world: World) -> Float32[np.ndarray, '14']:
     ego = world.state
     sign = -1.0 if world.mirror else 1.0
     _, _, road_yaw = world.corridor.place(world.ego_s_m, 0.0)
-    out[8] = sign * world.ego_d_m
+    lane_m = LANE_WIDTH_M * round(world.around.line_at(world.ego_s_m)[0] / LANE_WIDTH_M)
+    out[8] = sign * (world.ego_d_m - lane_m)
     out[9] = sign * 10.0 * math.sin(ego.yaw_rad - road_yaw)
-    ahead = np.array([world.corridor.place(world.ego_s_m + m, 0.0) for m in (10, 20, 30, 45)])
+    ahead = np.array([world.corridor.place(world.ego_s_m + m, lane_m) for m in (10, 20, 30, 45)])
     out[10:14] = sign * local_from_world(ego.pose, ahead)[:, 1] / [2.0, 3.0, 5.0, 10.0]
     return out
 
@@ -289,7 +317,7 @@ def facts(world: World) -> Float32[np.ndarray, '14']:
 def hazard_pairs(
     kind: str, count: int, seed: int, ranges: Ranges | None = None
 ) -> list[HazardPair]:
-    """Moments with and without a `lead`, red `light` or `pedestrian` that slows the reference.
+    """Moments with and without a hazard, one of `HAZARDS`, that slows the reference.
 
     Only those where its speed at 3 s differs by more than 1 m/s. World, history, route, picture
     but for the hazard: all else is equal.
@@ -321,9 +349,12 @@ def hazard_pairs(
 
 def _shows(world: World, kind: str) -> bool:
     read = facts(world)
-    if kind == 'lead':
+    if kind in ('lead', 'merge'):
         return bool(read[0])
-    return bool(read[3] if kind == 'light' else read[6])
+    if kind == 'obstruction':
+        near = (o.s_m - world.ego_s_m - FRONT_M for o in world.around.obstructions)
+        return any(0.0 < gap < PEDESTRIAN_SIGHT_M for gap in near)
+    return bool(read[3] if kind in ('light', 'sign') else read[6])
 
 
 def mirrored(snapshot: Snapshot) -> Snapshot:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float64
 
 from spanvla_ros.geometry import box_corners
 from spanvla_ros.town import bodies
 from spanvla_ros.town.elements import Box, GroundPolygon, Tint
-from spanvla_ros.town.lane_map import build_map, ego_lane, route_ids
+from spanvla_ros.town.lane_map import ego_lane, route_ids
 from spanvla_ros.town.mirror import flip_box, flip_ego, flip_scene
+from spanvla_ros.town.motion import boxes_overlap, drive_bicycle, inside
+from spanvla_ros.town.outcome import Outcome, Tally
 from spanvla_ros.town.road_users import (
     Car,
     Pedestrian,
@@ -29,10 +29,12 @@ from spanvla_ros.town.road_users import (
     has_left,
     move_car,
     opposing_offset,
+    stay_in_lane,
     switch,
     walk,
 )
 from spanvla_ros.town.roads import LANE_WIDTH_M, Corridor
+from spanvla_ros.town.surroundings import Surroundings
 from spanvla_ros.types import (
     DriveCommand,
     EgoState,
@@ -41,69 +43,11 @@ from spanvla_ros.types import (
     SceneAgent,
     SceneEgo,
     SceneLight,
-    SceneMap,
     Vehicle,
 )
 
-SPEED_RESPONSE_S = 0.25
 OFFROAD_SUCCESS_M = 3.0
 GOAL_OFFSET_M = 2.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a drive; `success`: goal reached, no collision, red light or excursion."""
-
-    collided: bool
-    at_fault: bool
-    collided_with: str
-    offroad_m: float
-    red_lights_run: int
-    completion: float
-    distance_m: float
-    time_s: float
-    reached_goal: bool
-    success: bool
-
-
-@dataclass
-class Tally:
-    """What `Outcome` is counted from."""
-
-    collided_with: str = ''
-    at_fault: bool = False
-    offroad_m: float = 0.0
-    red_lights_run: int = 0
-    distance_m: float = 0.0
-    best_s_m: float = 0.0
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """All of a world that never changes."""
-
-    corridor: Corridor
-    ground: tuple[GroundPolygon, ...]
-    houses: tuple[Box, ...]
-    tint: Tint
-    route_points: Float64[np.ndarray, 'n 2']
-    limits_mps: tuple[float, ...]
-    speed_limit_mps: float
-    start_m: float
-    goal_m: float
-    time_limit_s: float
-    family: str
-    seed: int
-
-    @cached_property
-    def mirrored_ground(self) -> tuple[GroundPolygon, ...]:
-        """The ground in a mirror."""
-        return tuple(replace(g, points=g.points * [1.0, -1.0]) for g in self.ground)
-
-    @cached_property
-    def scene_map(self) -> SceneMap:
-        """The lane map, unmirrored."""
-        return build_map(self.corridor, self.speed_limit_mps)
 
 
 @dataclass
@@ -154,6 +98,16 @@ class World:
             or self.time_s >= self.around.time_limit_s
         )
 
+    @property
+    def beside_line_m(self) -> float:
+        """How far left of the line to drive the ego is."""
+        return self.ego_d_m - self.around.line_at(self.ego_s_m)[0]
+
+    def line_heading_rad(self) -> float:
+        """World heading of the line to drive beside the ego, unmirrored."""
+        slope = self.around.line_at(self.ego_s_m)[1]
+        return self.corridor.place(self.ego_s_m, 0.0)[2] + math.atan(slope)
+
     def route(self) -> Route:
         """The announced coarse path, the same for the whole drive."""
         points = self.around.route_points
@@ -179,7 +133,11 @@ class World:
         found = list(self.around.houses)
         for other in self.cars:
             pose = self.car_pose(other)
-            found.append(bodies.car(pose, other.size, other.color, braking=other.braking))
+            found.append(
+                bodies.car(
+                    pose, other.size, other.color, braking=other.braking, blinks=other.blinks
+                )
+            )
         for walker in self.pedestrians:
             found.extend(
                 bodies.person(
@@ -190,14 +148,17 @@ class World:
             junction = self.corridor.junctions[light.junction]
             section = self.corridor.section_at(junction.start_m - 1.0)
             near = self.corridor.place(junction.start_m - 2.0, section.right_m - 0.7)
-            found.extend(bodies.signal(near, red=light.red))
+            if light.sign:
+                found.extend(bodies.stop_sign(near))
+            else:
+                found.extend(bodies.signal(near, red=light.red))
         return tuple(flip_box(box) for box in found) if self.mirror else tuple(found)
 
     def outcome(self) -> Outcome:
         """The drive so far, judged."""
         tally, around = self.tally, self.around
         done = (tally.best_s_m - around.start_m) / (around.goal_m - around.start_m)
-        reached = tally.best_s_m >= around.goal_m and abs(self.ego_d_m) < GOAL_OFFSET_M
+        reached = tally.best_s_m >= around.goal_m and abs(self.beside_line_m) < GOAL_OFFSET_M
         return Outcome(
             collided=bool(tally.collided_with),
             at_fault=tally.at_fault,
@@ -232,7 +193,11 @@ class World:
         return twin
 
     def without_hazard(self, kind: str = '') -> World:
-        """The same world without its hazard: `lead` and `pedestrian` vanish, `light` is green."""
+        """The same world without its hazard.
+
+        `lead`, `pedestrian`, `sign` and `obstruction` vanish, `light` is green, `merge` keeps to
+        its own lane.
+        """
         twin = self.clone()
         kind = kind or self.hazard
         if kind == 'lead':
@@ -242,6 +207,13 @@ class World:
         elif kind == 'light':
             for light in twin.signals:
                 light.red = False
+        elif kind == 'sign':
+            twin.signals = [light for light in twin.signals if not light.sign]
+        elif kind == 'merge':
+            for car in twin.cars:
+                stay_in_lane(car)
+        elif kind == 'obstruction' and twin.around.cleared is not None:
+            twin.around = twin.around.cleared
         return twin
 
     def place_ego(self, ego: EgoState) -> None:
@@ -255,7 +227,7 @@ class World:
         """Advance by `dt_s`: the ego answers the command within its limits, traffic reacts."""
         before = self.state
         steering = float(-command.steering_rad if self.mirror else command.steering_rad)
-        self.state = _drive(before, float(command.speed_mps), steering, self.vehicle, dt_s)
+        self.state = drive_bicycle(before, float(command.speed_mps), steering, self.vehicle, dt_s)
         self.advance(dt_s)
         moved = math.hypot(self.state.x_m - before.x_m, self.state.y_m - before.y_m)
         front = self.vehicle.rear_axle_to_center_m + self.vehicle.length_m / 2
@@ -301,7 +273,7 @@ class World:
         if past > 0 and car.leaves_by:
             return along_path(car.leaves_by, past)
         x, y, yaw = self.corridor.place(car.s_m, self.car_offset(car))
-        return x, y, yaw if car.ahead else yaw + math.pi
+        return x, y, yaw + car.drift_rad if car.ahead else yaw + math.pi
 
     def car_offset(self, car: Car) -> float:
         """A car's offset now; oncoming cars keep to their side where the road changes width."""
@@ -338,7 +310,7 @@ class World:
                 j.start_m < s < j.end_m for j in corridor.junctions
             ):
                 continue
-            if not any(_inside(area, x, y) for area in corridor.areas):
+            if not any(inside(area, x, y) for area in corridor.areas):
                 return True
         return False
 
@@ -365,6 +337,7 @@ class World:
             (p.name, self.pedestrian_pose(p), 0.6, 0.6, p.speed_mps if p.walking else 0.0)
             for p in self.pedestrians
         ]
+        found += [(o.name, o.pose, o.length_m, o.width_m, 0.0) for o in self.around.obstructions]
         return found
 
     # -- for scoring and recording ---------------------------------------------------------
@@ -372,16 +345,20 @@ class World:
     def scene(self) -> Scene:
         """The world now as a `types.Scene`: one state per road user."""
         agents = []
+        standing = {o.name: o for o in self.around.obstructions}
         for name, pose, length, width, speed in self.bodies():
             pedestrian = name.startswith('pedestrian')
+            kind, height = ('pedestrian', 1.8) if pedestrian else ('vehicle', 1.6)
+            if name in standing:
+                kind, height = standing[name].kind, standing[name].height_m
             row = [*pose, speed * math.cos(pose[2]), speed * math.sin(pose[2])]
             agents.append(
                 SceneAgent(
                     name,
-                    'pedestrian' if pedestrian else 'vehicle',
+                    kind,
                     length,
                     width,
-                    1.8 if pedestrian else 1.6,
+                    height,
                     np.zeros(1),
                     np.array([row]),
                 )
@@ -411,49 +388,3 @@ class World:
             kind=self.around.family,
         )
         return flip_scene(scene) if self.mirror else scene
-
-
-def boxes_overlap(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two rectangles given by their corners overlap (separating axes)."""
-    for corners in (a, b):
-        for index in (0, 1):
-            axis = corners[index + 1] - corners[index]
-            first, second = a @ axis, b @ axis
-            if first.max() < second.min() or second.max() < first.min():
-                return False
-    return True
-
-
-def _drive(
-    ego: EgoState, speed_mps: float, steering_rad: float, vehicle: Vehicle, dt_s: float
-) -> EgoState:
-    """Kinematic bicycle: speed follows the command with a lag, both within the limits."""
-    target = min(max(speed_mps, 0.0), vehicle.max_speed_mps)
-    accel = (target - ego.speed_mps) / SPEED_RESPONSE_S
-    accel = min(max(accel, -vehicle.max_decel_mps2), vehicle.max_accel_mps2)
-    speed = max(0.0, ego.speed_mps + accel * dt_s)
-    wanted = min(max(steering_rad, -vehicle.max_steering_rad), vehicle.max_steering_rad)
-    reach = vehicle.max_steering_rate_radps * dt_s
-    steering = ego.steering_rad + min(max(wanted - ego.steering_rad, -reach), reach)
-    mean = 0.5 * (ego.speed_mps + speed)
-    rate = mean * math.tan(steering) / vehicle.wheelbase_m
-    most = vehicle.max_lateral_accel_mps2 * 1.5 / max(mean, 0.1)
-    rate = min(max(rate, -most), most)
-    middle = ego.yaw_rad + 0.5 * rate * dt_s
-    return EgoState(
-        stamp_ns=ego.stamp_ns + round(dt_s * 1e9),
-        x_m=ego.x_m + mean * dt_s * math.cos(middle),
-        y_m=ego.y_m + mean * dt_s * math.sin(middle),
-        yaw_rad=(ego.yaw_rad + rate * dt_s + math.pi) % (2 * math.pi) - math.pi,
-        speed_mps=speed,
-        accel_mps2=(speed - ego.speed_mps) / dt_s,
-        yaw_rate_radps=rate,
-        steering_rad=steering,
-    )
-
-
-def _inside(area: np.ndarray, x: float, y: float) -> bool:
-    """Whether a point lies in a convex polygon, whichever way it turns."""
-    step = np.roll(area, -1, axis=0) - area
-    cross = step[:, 0] * (y - area[:, 1]) - step[:, 1] * (x - area[:, 0])
-    return bool((cross >= 0).all() or (cross <= 0).all())

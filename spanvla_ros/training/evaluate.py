@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--episodes', type=int, default=100, help='drives a family and driver')
     parser.add_argument(
-        '--families', nargs='+', default=list(FAMILIES), choices=(*FAMILIES, MIX), metavar='NAME'
+        '--families',
+        nargs='+',
+        default=[],
+        choices=(*FAMILIES, MIX),
+        metavar='NAME',
+        help='those of the scenes by default, but for mix',
     )
     parser.add_argument('--rows', type=int, default=0, help='at most this many rows; 0 takes all')
     parser.add_argument('--backend', default='auto')
@@ -143,6 +148,9 @@ def evaluate(wanted: Evaluation) -> Content:
     config = open_planner(wanted.model).config
     shards = ShardSet(wanted.scenes)
     _check_scenes(shards, config, wanted.scenes)
+    if not wanted.families:
+        present = tuple(f for f in FAMILIES if f in set(shards.families))
+        wanted = replace(wanted, families=present)
     chosen = choose_rows(shards, wanted.families, wanted.rows)
     loops = {MODEL: _planned(wanted, wanted.model, shards, chosen)}
     if wanted.twin is not None:

@@ -21,7 +21,10 @@ from spanvla_ros.training.intervals import Estimate, mean_of, ratio_of
 from spanvla_ros.types import Observation
 
 # What only a picture tells; turns stand in the route, too.
-SEEN_KINDS = ('lead vehicle', 'pedestrian', 'red light', 'green light')
+SEEN_KINDS = (
+    'lead vehicle', 'pedestrian', 'red light', 'green light', 'stop sign', 'construction zone',
+    'parked car', 'oncoming car',
+)  # fmt: skip
 _NAMED = re.compile(rf'\b({"|".join(KINDS)}) \d')
 
 

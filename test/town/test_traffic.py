@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from spanvla_ros.geometry import box_corners
 from spanvla_ros.town.driver import reference_plan
+from spanvla_ros.town.motion import boxes_overlap
 from spanvla_ros.town.road_users import Car, idm
 from spanvla_ros.town.scenarios import FAMILIES, MIX, make_world
-from spanvla_ros.town.traffic import World, boxes_overlap
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import DriveCommand, Vehicle
 
 DT_S = 0.05

@@ -28,6 +28,7 @@ from spanvla_ros.model.config import ModelConfig, load_config
 from spanvla_ros.town.rollouts import rollout_snapshots
 from spanvla_ros.town.scenarios import (
     FAMILIES,
+    HAZARDS,
     HELD_OUT_SEED,
     MIX,
     Ranges,
@@ -36,6 +37,7 @@ from spanvla_ros.town.scenarios import (
     ranges_sha256,
 )
 from spanvla_ros.town.snapshots import (
+    NEW_PAIR_KINDS,
     PAIR_KINDS,
     Snapshot,
     hazard_pairs,
@@ -57,10 +59,23 @@ SHARES = {
     'red_light': 0.20,
     'turns': 0.12,
     MIX: 0.2,
+    'cut_in': 0.15,
+    'stop_sign': 0.15,
+    'construction': 0.15,
+    'lane_change': 0.15,
+    'lane_bias': 0.12,
 }
 # Of the drives for training; held-out drives all keep right, and stay in their lanes. No junction
 # is mirrored: coming out of a turn nothing but the side of the traffic tells which lane is ours.
-MIRRORED_SHARE = {'lane_keeping': 0.5, 'lead_vehicle': 0.5, 'pedestrian': 0.5}
+MIRRORED_SHARE = {
+    'lane_keeping': 0.5,
+    'lead_vehicle': 0.5,
+    'pedestrian': 0.5,
+    'cut_in': 0.5,
+    'construction': 0.5,
+    'lane_change': 0.5,
+    'lane_bias': 0.5,
+}
 WIDE_SHARE = 0.1
 # A model fails in turns and bends rather than in front of hazards.
 ROLLOUT_SHARES = {
@@ -70,6 +85,11 @@ ROLLOUT_SHARES = {
     'red_light': 0.14,
     'turns': 0.26,
     MIX: 0.08,
+    'cut_in': 0.15,
+    'stop_sign': 0.15,
+    'construction': 0.2,
+    'lane_change': 0.2,
+    'lane_bias': 0.15,
 }
 ROWS_PER_SHARD = 400
 MOMENTS_PER_DRIVE = 8
@@ -78,6 +98,9 @@ MIX_IS_LONGER = 6
 SEEDS_PER_SHARD = 1_000
 PAIR_SEED_OFFSET = 500_000
 PAIRS_PER_SHARD = 50
+# Apart from the first kinds, whose seeds must not move when a kind is added.
+NEW_PAIR_SEED_OFFSET = 600_000
+NEW_PAIR_STRIDE = 8
 MISTAKE = 'mistake'
 MISTAKE_SEED_OFFSET = 700_000
 MISTAKES_PER_DRIVE = 2
@@ -128,7 +151,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         '--pairs',
         type=int,
         default=0,
-        help='also this many pairs with and without each hazard (lead, light, pedestrian)',
+        help='also this many pairs with and without each hazard: lead, light, pedestrian, '
+        'and those of the other families drawn',
     )
     parser.add_argument(
         '--mistakes',
@@ -201,7 +225,7 @@ def plan_shards(request: SceneRequest, out: Path) -> list[ShardJob]:
         )
         for number in range(-(-request.count // ROWS_PER_SHARD))
     ]
-    for kind in PAIR_KINDS:
+    for kind in pair_kinds(request):
         for number in range(-(-request.pairs // PAIRS_PER_SHARD)):
             pairs = min(PAIRS_PER_SHARD, request.pairs - number * PAIRS_PER_SHARD)
             path = out / f'scenes-pairs-{kind}-{number:03d}.parquet'
@@ -211,6 +235,20 @@ def plan_shards(request: SceneRequest, out: Path) -> list[ShardJob]:
         path = out / f'scenes-mistakes-{number:03d}.parquet'
         jobs.append(ShardJob(request, path, number, 2 * pairs, MISTAKE))
     return jobs
+
+
+def pair_kinds(request: SceneRequest) -> tuple[str, ...]:
+    """The first kinds always, the others where their family is drawn."""
+    drawn = {HAZARDS[family] for family in request.families if family in HAZARDS}
+    return (*PAIR_KINDS, *(kind for kind in NEW_PAIR_KINDS if kind in drawn))
+
+
+def _pair_seed(seed: int, kind: str, number: int) -> int:
+    if kind in PAIR_KINDS:
+        block = number * len(PAIR_KINDS) + PAIR_KINDS.index(kind)
+        return seed + PAIR_SEED_OFFSET + block * SEEDS_PER_SHARD
+    block = number * NEW_PAIR_STRIDE + NEW_PAIR_KINDS.index(kind)
+    return seed + NEW_PAIR_SEED_OFFSET + block * SEEDS_PER_SHARD
 
 
 def draw_shard(job: ShardJob) -> int:
@@ -265,8 +303,7 @@ def _pair_rows(job: ShardJob) -> Iterator[TrainingRow]:
     request = job.request
     maker = RowMaker(request.config, scored=request.scored)
     rng = np.random.default_rng([request.seed, job.number, 5])
-    block = job.number * len(PAIR_KINDS) + PAIR_KINDS.index(job.kind)
-    seed = request.seed + PAIR_SEED_OFFSET + block * SEEDS_PER_SHARD
+    seed = _pair_seed(request.seed, job.kind, job.number)
     pairs = hazard_pairs(job.kind, job.rows // 2, seed, request.ranges)
     for index, pair in enumerate(pairs):
         pair_id = f'{job.kind}/{seed}/{index}'
@@ -330,14 +367,20 @@ def _check(request: SceneRequest) -> None:
     if request.seed < 0:
         raise SpanvlaError(f'scenes: --seed {request.seed} is negative; use 0 or above')
     shards = -(-request.count // ROWS_PER_SHARD)
-    pair_blocks = len(PAIR_KINDS) * -(-request.pairs // PAIRS_PER_SHARD)
+    rounds = -(-request.pairs // PAIRS_PER_SHARD)
+    first_end = PAIR_SEED_OFFSET + rounds * len(PAIR_KINDS) * SEEDS_PER_SHARD
+    pairs_end = first_end
+    if len(pair_kinds(request)) > len(PAIR_KINDS):
+        pairs_end = NEW_PAIR_SEED_OFFSET + rounds * NEW_PAIR_STRIDE * SEEDS_PER_SHARD
+        if first_end > NEW_PAIR_SEED_OFFSET:
+            raise SpanvlaError(f'scenes: --pairs {request.pairs} would draw seeds twice; ask less')
     mistake_shards = -(-request.mistakes // PAIRS_PER_SHARD)
     last = request.seed + max(
         shards * SEEDS_PER_SHARD,
-        (PAIR_SEED_OFFSET + pair_blocks * SEEDS_PER_SHARD) if request.pairs else 0,
+        pairs_end if request.pairs else 0,
         (MISTAKE_SEED_OFFSET + mistake_shards * SEEDS_PER_SHARD) if request.mistakes else 0,
     )
-    if request.mistakes and PAIR_SEED_OFFSET + pair_blocks * SEEDS_PER_SHARD > MISTAKE_SEED_OFFSET:
+    if request.mistakes and pairs_end > MISTAKE_SEED_OFFSET:
         raise SpanvlaError(f'scenes: --pairs {request.pairs} would share seeds with the mistakes')
     if not request.held_out and last > HELD_OUT_SEED:
         raise SpanvlaError(
