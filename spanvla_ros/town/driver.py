@@ -87,7 +87,12 @@ def look(world: World) -> Sight:
     front = world.ego_s_m + world.vehicle.rear_axle_to_center_m + world.vehicle.length_m / 2
     obstacles: list[Obstacle] = []
     components: list[Component] = []
-    for parts in (_leads(world, front), _people(world, front), _lights(world, front)):
+    for parts in (
+        _leads(world, front),
+        _people(world, front),
+        _lights(world, front),
+        _oncoming(world),
+    ):
         obstacles += parts[0]
         components += parts[1]
     components += _bends(world, front)
@@ -157,6 +162,17 @@ def _lights(world: World, front: float) -> tuple[list[Obstacle], list[Component]
             # The follower model halts IDM_GAP_M before what it meets.
             obstacles.append(Obstacle(gap + 2.5 - STOP_BEFORE_LINE_M))
     return obstacles, components
+
+
+def _oncoming(world: World) -> tuple[list[Obstacle], list[Component]]:
+    crossing = world.around.crossing
+    if crossing is None or not world.must_yield():
+        return [], []
+    gap = crossing.in_m - world.ego_s_m
+    if gap > SIGHT_M:
+        return [], []
+    obstacle = Obstacle(gap + 2.5 - STOP_BEFORE_LINE_M)
+    return [obstacle], [Component('oncoming car', max(gap - FRONT_M, 0.0), 'crossing')]
 
 
 def _bends(world: World, front: float) -> list[Component]:

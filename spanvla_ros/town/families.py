@@ -7,9 +7,11 @@ A family says what road it needs, what moves the line to drive and closes part o
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spanvla_ros.town import bodies
+from spanvla_ros.town.crossing import crossing_of
 from spanvla_ros.town.elements import Box
 from spanvla_ros.town.road_users import FRONT_M, BrakeEvent, Car, Merge, Signal
 from spanvla_ros.town.roads import LANE_WIDTH_M, CrossSection, JunctionPlan, StretchPlan
@@ -232,12 +234,55 @@ class LaneChange(Family):
         )  # fmt: skip
 
 
+class UnprotectedLeft(Family):
+    """A left turn without a light: those who come straight on go first."""
+
+    hazard = 'oncoming'
+
+    def pieces(self, draft: Draft) -> Pieces:
+        """A road to the turn and on."""
+        drive_m = float(round(draft.within(draft.ranges.drive_m)))
+        at_m = BEHIND_M + round(draft.within(draft.ranges.junction_at_m))
+        section = CrossSection(int(draft.chance(draft.ranges.extra_lane_share)), 0, 1)
+        first = StretchPlan(at_m, section, draft.draw_bends(at_m, 35.0))
+        plan = replace(draft.draw_junction('left', signal=False), straight_arm=True, arm_m=90.0)
+        rest_m = max(BEHIND_M + drive_m + BEYOND_M - at_m - 20.0, 120.0)
+        last = StretchPlan(rest_m, draft.draw_section(''), draft.draw_bends(rest_m, 15.0))
+        return [first, plan, last], drive_m
+
+    def prepare(self, draft: Draft) -> None:
+        """Where to give way."""
+        draft.quiet = True
+        draft.crossing = crossing_of(draft.corridor, 0)
+
+    def populate(self, draft: Draft, ego: EgoState) -> None:
+        """One or several cars close behind each other that reach the junction with the ego."""
+        r = draft.ranges
+        crossing = draft.crossing
+        assert crossing is not None
+        speed = draft.within(r.oncoming_speed_mps)
+        meet_m = draft.within(r.oncoming_meet_m)
+        ahead = meet_m * speed / 6.0 + draft.within((-4.0, 6.0))
+        place = crossing.start_m + crossing.high_m + ahead
+        for number in range(1 + int(draft.rng.integers(3))):
+            size = draft.size()
+            place += size[0] / 2
+            trigger = place - size[0] / 2 - (crossing.in_m + FRONT_M - meet_m)
+            event = BrakeEvent(-math.inf, trigger, 3.0, 1.0, 0.0)
+            draft.cars.append(
+                Car(f'car_oncoming_{number}', place, 0.0, 1.0, speed, size, draft.color(),
+                    opposing_lane=0, events=(event,), straight_m=crossing.start_m)
+            )  # fmt: skip
+            place += size[0] / 2 + draft.within(r.oncoming_gap_m)
+
+
 NEW_FAMILIES: dict[str, Family] = {
     'cut_in': CutIn(),
     'stop_sign': StopSign(),
     'construction': Construction(),
     'lane_change': LaneChange(),
     'lane_bias': LaneBias(),
+    'unprotected_left': UnprotectedLeft(),
 }
 
 

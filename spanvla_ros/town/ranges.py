@@ -70,6 +70,9 @@ class Ranges:
     lane_change_at_m: Span = (22.0, 45.0)
     lane_change_over_m: Span = (28.0, 36.0)
     lane_change_met_share: float = 0.75
+    oncoming_speed_mps: Span = (6.0, 9.0)
+    oncoming_meet_m: Span = (12.0, 24.0)
+    oncoming_gap_m: Span = (6.0, 14.0)
     lateral_offset_sd_m: float = 0.4
     heading_sd_rad: float = 0.03
     snapshot_speed_mps: Span = (0.0, 14.0)

@@ -54,7 +54,8 @@ class Merge:
 class Car:
     """A vehicle on the corridor at box centre `s_m`, offset `d_m`.
 
-    An oncoming one keeps to `opposing_lane` instead, counted from the divider.
+    An oncoming one keeps to `opposing_lane` instead, counted from the divider. Beyond
+    `straight_m` its way lies straight on where the corridor turns.
 
     Cars of the ego's lane and direction with `reacts` follow the intelligent driver model and
     obey lights and pedestrians. `leaves_m`: from there it leaves by the arm of `leaves_by`.
@@ -78,6 +79,7 @@ class Car:
     merge: Merge | None = None
     merged: float = 0.0
     drift_rad: float = 0.0
+    straight_m: float = math.inf
 
     @property
     def blinks(self) -> int:

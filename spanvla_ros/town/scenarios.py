@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from spanvla_ros.town import bodies
+from spanvla_ros.town.crossing import Crossing
 from spanvla_ros.town.elements import Box, Color, GroundPolygon, Tint
 from spanvla_ros.town.families import (
     BEHIND_M,
@@ -103,6 +104,7 @@ class Draft:
         self.start_offset_m: float | None = None
         # The route tells of the shifts; no one comes the other way.
         self.announced = self.quiet = False
+        self.crossing: Crossing | None = None
 
     # -- draws -----------------------------------------------------------------------------
 
@@ -152,6 +154,7 @@ class Draft:
             seed=self.seed,
             shifts=tuple(self.shifts),
             obstructions=tuple(self.obstructions),
+            crossing=self.crossing,
         )
         if self.obstructions:
             cleared = replace(

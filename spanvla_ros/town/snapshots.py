@@ -248,6 +248,8 @@ def _stoppable_mps(world: World) -> float:
         gap = world.corridor.junctions[light.junction].stop_m - front
         if (light.red or light.sign) and gap > -1.0:
             gaps.append(gap)
+    if world.around.crossing is not None and world.must_yield():
+        gaps.append(world.around.crossing.in_m - world.ego_s_m)
     limit = world.around.limits_mps[int(world.ego_s_m / SPACING_M)]
     free = limit + 3.0
     return min(free, math.sqrt(2 * 5.0 * max(min(gaps) - 2.0, 0.0)))
@@ -351,6 +353,8 @@ def _shows(world: World, kind: str) -> bool:
     read = facts(world)
     if kind in ('lead', 'merge'):
         return bool(read[0])
+    if kind == 'oncoming':
+        return world.must_yield()
     if kind == 'obstruction':
         near = (o.s_m - world.ego_s_m - FRONT_M for o in world.around.obstructions)
         return any(0.0 < gap < PEDESTRIAN_SIGHT_M for gap in near)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float64
 
+from spanvla_ros.town.crossing import Crossing
 from spanvla_ros.town.elements import Box, GroundPolygon, Tint
 from spanvla_ros.town.lane_map import build_map
 from spanvla_ros.town.roads import Corridor
@@ -50,7 +51,8 @@ class Surroundings:
     """All of a world that never changes.
 
     `shifts`: where the line to drive leaves the corridor's own, around what blocks it or into
-    another lane. `cleared`: the same without its obstructions, where those are the hazard.
+    another lane. `crossing`: where it has to give way. `cleared`: the same
+    without its obstructions, where those are the hazard.
     """
 
     corridor: Corridor
@@ -67,6 +69,7 @@ class Surroundings:
     seed: int
     shifts: tuple[Shift, ...] = ()
     obstructions: tuple[Obstruction, ...] = ()
+    crossing: Crossing | None = None
     cleared: Surroundings | None = None
 
     @cached_property

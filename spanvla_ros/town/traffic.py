@@ -103,6 +103,13 @@ class World:
         """How far left of the line to drive the ego is."""
         return self.ego_d_m - self.around.line_at(self.ego_s_m)[0]
 
+    def must_yield(self) -> bool:
+        """Whether the ego has to let someone pass who comes straight on."""
+        crossing = self.around.crossing
+        return crossing is not None and crossing.must_yield(
+            self.cars, self.ego_s_m, self.state.speed_mps
+        )
+
     def line_heading_rad(self) -> float:
         """World heading of the line to drive beside the ego, unmirrored."""
         slope = self.around.line_at(self.ego_s_m)[1]
@@ -195,8 +202,8 @@ class World:
     def without_hazard(self, kind: str = '') -> World:
         """The same world without its hazard.
 
-        `lead`, `pedestrian`, `sign` and `obstruction` vanish, `light` is green, `merge` keeps to
-        its own lane.
+        `lead`, `pedestrian`, `sign`, `oncoming` and `obstruction` vanish, `light` is green,
+        `merge` keeps to its own lane.
         """
         twin = self.clone()
         kind = kind or self.hazard
@@ -209,6 +216,8 @@ class World:
                 light.red = False
         elif kind == 'sign':
             twin.signals = [light for light in twin.signals if not light.sign]
+        elif kind == 'oncoming':
+            twin.cars = [c for c in twin.cars if c.straight_m == math.inf]
         elif kind == 'merge':
             for car in twin.cars:
                 stay_in_lane(car)
@@ -272,6 +281,10 @@ class World:
         past = car.s_m - car.leaves_m
         if past > 0 and car.leaves_by:
             return along_path(car.leaves_by, past)
+        if car.s_m > car.straight_m:
+            x, y, yaw = self.corridor.place(car.straight_m, self.car_offset(car))
+            beyond = car.s_m - car.straight_m
+            return x + beyond * math.cos(yaw), y + beyond * math.sin(yaw), yaw + math.pi
         x, y, yaw = self.corridor.place(car.s_m, self.car_offset(car))
         return x, y, yaw + car.drift_rad if car.ahead else yaw + math.pi
 
@@ -279,7 +292,7 @@ class World:
         """A car's offset now; oncoming cars keep to their side where the road changes width."""
         if car.opposing_lane is None:
             return car.d_m
-        return opposing_offset(self.corridor, car.s_m, car.opposing_lane)
+        return opposing_offset(self.corridor, min(car.s_m, car.straight_m), car.opposing_lane)
 
     def pedestrian_pose(self, walker: Pedestrian) -> tuple[float, float, float]:
         """A pedestrian's pose facing its goal, unmirrored."""

@@ -53,8 +53,8 @@ def test_an_odd_range_file_is_refused_by_name(tmp_path: Path, text: str, named: 
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(SpanvlaError, match='roundabout'):
-        make_world('roundabout', 0)
+    with pytest.raises(SpanvlaError, match='moon'):
+        make_world('moon', 0)
 
 
 def test_the_same_world_for_another_vehicle() -> None:

@@ -64,6 +64,7 @@ SHARES = {
     'construction': 0.15,
     'lane_change': 0.15,
     'lane_bias': 0.12,
+    'unprotected_left': 0.15,
 }
 # Of the drives for training; held-out drives all keep right, and stay in their lanes. No junction
 # is mirrored: coming out of a turn nothing but the side of the traffic tells which lane is ours.
@@ -90,6 +91,7 @@ ROLLOUT_SHARES = {
     'construction': 0.2,
     'lane_change': 0.2,
     'lane_bias': 0.15,
+    'unprotected_left': 0.25,
 }
 ROWS_PER_SHARD = 400
 MOMENTS_PER_DRIVE = 8
