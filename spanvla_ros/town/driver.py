@@ -172,7 +172,8 @@ def _oncoming(world: World) -> tuple[list[Obstacle], list[Component]]:
     if gap > SIGHT_M:
         return [], []
     obstacle = Obstacle(gap + 2.5 - STOP_BEFORE_LINE_M)
-    return [obstacle], [Component('oncoming car', max(gap - FRONT_M, 0.0), 'crossing')]
+    to_turn = crossing.start_m - world.ego_s_m - FRONT_M
+    return [obstacle], [Component('oncoming car', max(to_turn, 0.0), 'crossing')]
 
 
 def _bends(world: World, front: float) -> list[Component]:
