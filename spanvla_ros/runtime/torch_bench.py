@@ -31,7 +31,13 @@ from spanvla_ros.runtime.golden import waypoint_difference_m
 from spanvla_ros.runtime.roofline import Ceiling, Work
 from spanvla_ros.runtime.timing import WARM, Timing, at_least_one, time_in_turns, write_summary
 from spanvla_ros.runtime.torch_ import TorchBackend
-from spanvla_ros.runtime.torch_cuda import ALIGNED, PRECISIONS, TorchCudaBackend, align_eyes
+from spanvla_ros.runtime.torch_cuda import (
+    ALIGNED,
+    PRECISIONS,
+    TorchCudaBackend,
+    align_eyes,
+    compile_layers,
+)
 from spanvla_ros.runtime.torch_graphs import (
     Record,
     Recorded,
@@ -61,6 +67,11 @@ SHORT_STEPS = 2
 ANSWERS, PARALLEL = (10, 50), (10, 50)
 ANCHORS, ANCHOR_STEPS = 20, 2
 PICTURE_SETS = 4
+# What is timed once more when compiled: both sides of every ratio, and the parts of a frame.
+COMPILED = (
+    'flow 10', 'flow 2', 'flow 1', 'AR-1', 'prefill', 'prefill short', 'vision', 'flow short 2',
+    'parallel-50', 'diffusion-20x2',
+)  # fmt: skip
 
 
 def run_size_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -74,7 +85,7 @@ def run_size_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, Any]
         bench.run(options.model, options.compile_s)
     if options.budget is not None:
         bench.part('proposal', f'{options.budget:g} ms', lambda: bench.proposal(options.budget))
-    sys.stdout.write(table(bench.summary))
+    bench.part('all of', 'table', bench.show)
     return bench.summary
 
 
@@ -91,6 +102,7 @@ class SizeBench:
         self._record: Record = cuda_graph if device.type == 'cuda' else plain
         self._floors: dict[str, float] = {}
         self._kept: dict[str, Recorded] = {}
+        self._runs: dict[str, Runnable] = {}
         self._ceiling = Ceiling(1.0, 1.0)
         self.summary: dict[str, Any] = {
             'size': size,
@@ -131,11 +143,14 @@ class SizeBench:
         for section in (self.stages, self.frames, self.decoders, self.beside):
             self.part('all of', section.__name__, section)
         self.part('machine', 'memory', self.memory)
-        for precision in PRECISIONS:
-            self.part('shipped', precision, lambda p=precision: self.shipped(model, p))
+        self.part('all of', 'shipped', lambda: self.shipped(model))
         if compile_s > 0:
-            sys.stdout.write(table(self.summary))
+            self.part('all of', 'table', self.show)
             self.part('all of', 'compiled', lambda: self.compiled(compile_s))
+
+    def show(self) -> None:
+        """Print what there is."""
+        sys.stdout.write(table(self.summary))
 
     def ceiling(self) -> dict[str, float]:
         """What the device does at best."""
@@ -197,7 +212,7 @@ class SizeBench:
         for name, frame, prefill, flow, steps in self._variants():
             floor = sum(self._floors.get(part, 0.0) for part in ('vision', prefill, flow))
             self._floors[f'frame {name}'] = floor
-            run = frame.whole(steps)
+            run = self._runs[f'frame {name}'] = frame.whole(steps)
             for how, record, repeats in (
                 ('graph', self._record, FRAMES_PER_REPEAT * self.repeats),
                 ('eager', plain, min(self.repeats, EAGER_REPEATS)),
@@ -224,12 +239,14 @@ class SizeBench:
             found = timed(lambda: [replay() for _ in range(count)], many, self.device)
             return self._row(found, f'AR-{count}')
 
+        self._runs['AR-1'] = answer.step
         work = work_of_call(answer.step, language, cache)
         for count in (1, *ANSWERS):
             self._floors[f'AR-{count}'] = count * work.floor_ms(self._ceiling)
             self.part('decoders', f'AR-{count}', lambda c=count: answered(c))
         for count in PARALLEL:
-            name, run = f'parallel-{count}', answer.parallel(count)
+            name = f'parallel-{count}'
+            run = self._runs[name] = answer.parallel(count)
             self._floors[name] = work_of_call(run, language, cache).floor_ms(self._ceiling)
             self.part('decoders', name, lambda n=name, w=run: self._graph(n, w))
         self._flow(f'diffusion-{ANCHORS}x{ANCHOR_STEPS}', deep, ANCHOR_STEPS, ANCHORS)
@@ -250,46 +267,63 @@ class SizeBench:
             'reserved_mb': torch.cuda.memory_reserved() / 1e6,
         }
 
-    def shipped(self, model: Path | None, precision: str) -> dict[str, Any]:
+    def shipped(self, model: Path | None) -> None:
         """The shipped model on the device: its golden plans, and whole plans by the planner."""
         directory = load_model_dir(model or shipped_model_dir())
-        backends: dict[str, TorchBackend] = {'cpu eager': TorchBackend(directory)}
-        for how, record in (('eager', plain), ('graph', self._record)):
-            backends[how] = TorchCudaBackend(
-                directory, precision, device=self.device.type, record=record
-            )
-        found: dict[str, Any] = {'largest_difference_m': {}, 'plan': {}}
-        for how, backend in backends.items():
-            found['largest_difference_m'][how] = waypoint_difference_m(backend, directory)
-        plans = {how: planning(directory, backend) for how, backend in backends.items()}
-        # Before any is timed, so that all see the same first picture.
-        planned = {how: _planned(plan) for how, plan in plans.items()}
-        for how, plan in plans.items():
-            repeats = min(self.repeats, EAGER_REPEATS) if 'eager' in how else self.repeats
-            found['plan'][how] = asdict(time_in_turns({how: plan}, repeats)[how])
-        found['plan_difference_m'] = {
-            how: float(np.linalg.norm((poses - planned['cpu eager'])[:, :2], axis=-1).max())
-            for how, poses in planned.items()
-        }
-        graph = backends['graph']
-        assert isinstance(graph, TorchCudaBackend)
-        found['no_graph'] = graph.refused
-        return found
+        expected: list[np.ndarray] = []
+
+        def measure(backend: TorchBackend, repeats: int) -> dict[str, Any]:
+            apart_m = waypoint_difference_m(backend, directory)
+            plan = planning(directory, backend)
+            # Before any is timed, so that all see the same first picture.
+            poses = np.asarray(plan().trajectory.poses)
+            expected[:] = expected or [poses]
+            plan_apart_m = np.linalg.norm((poses - expected[0])[:, :2], axis=-1).max()
+            found: dict[str, Any] = asdict(time_in_turns({'plan': plan}, repeats)['plan'])
+            found |= {'golden_difference_m': apart_m, 'plan_difference_m': float(plan_apart_m)}
+            if isinstance(backend, TorchCudaBackend):
+                found['no_graph'] = backend.refused
+            return found
+
+        few = min(self.repeats, EAGER_REPEATS)
+        self.part('shipped', 'torch on the CPU', lambda: measure(TorchBackend(directory), few))
+        for precision in PRECISIONS:
+            for how, record, repeats in (
+                ('eager', plain, few),
+                ('graph', self._record, FRAMES_PER_REPEAT * self.repeats),
+            ):
+                self.part(
+                    'shipped',
+                    f'{precision} {how}',
+                    lambda p=precision, r=record, c=repeats: measure(
+                        TorchCudaBackend(directory, p, device=self.device.type, record=r), c
+                    ),
+                )
 
     def compiled(self, limit_s: int) -> None:
-        """The flow and the deep prefill once more, compiled before they are recorded."""
-        deep = self.deep
-        for block in deep.policy.expert.blocks:
-            block.compile(dynamic=False)
-        for steps in (10, SHORT_STEPS):
+        """What was recorded once more, its layers compiled before."""
+        for frame in (self.deep, self.short):
+            compile_layers(frame.policy)
+        for name in COMPILED:
+            run = self._runs[name]
+            self.part('compiling', name, lambda r=run: self._first_call_s(limit_s, r))
+            if f'compiling {name}' in self.summary['failures']:
+                return
+            self.part('compiled', name, lambda n=name, r=run: self._graph(f'{n}, compiled', r))
+        for name, frame, *_ in self._variants():
+            what = f'frame {name}'
             self.part(
                 'compiled',
-                f'flow {steps}',
-                lambda s=steps: self._within(limit_s, f'flow {s}', deep.act(s)),
+                what,
+                lambda n=what, f=frame: self._row(
+                    self._drive(
+                        f,
+                        self._recorded(f'{n}, compiled', self._runs[n], self._record),
+                        FRAMES_PER_REPEAT * self.repeats,
+                    ),
+                    n,
+                ),
             )
-        backbone: Any = deep.policy.backbone
-        backbone._decode_layer = torch.compile(backbone._decode_layer, dynamic=False)
-        self.part('compiled', 'prefill', lambda: self._within(limit_s, 'prefill', deep.prefill))
 
     def proposal(self, budget: float) -> dict[str, Any]:
         """Steps and how often to look that keep a budget, from the recorded stages."""
@@ -324,6 +358,8 @@ class SizeBench:
         self._stage(name, frame.act(steps, draws), (weights, frame.slots, steps))
 
     def _stage(self, name: str, run: Runnable, needs: tuple[Any, Any, int] | None) -> None:
+        self._runs[name] = run
+
         def measure() -> dict[str, Any]:
             if needs is not None:
                 weights, moved, passes = needs
@@ -437,12 +473,12 @@ class SizeBench:
             for name, ms in ways.items()
         }
 
-    def _within(self, limit_s: int, name: str, run: Runnable) -> dict[str, Any]:
+    @staticmethod
+    def _first_call_s(limit_s: int, run: Runnable) -> float:
         began = time.perf_counter()
         with _alarm(limit_s):
             run()
-        first_s = time.perf_counter() - began
-        return {'first_call_s': first_s, 'graph': self._graph(f'{name}, compiled', run)}
+        return time.perf_counter() - began
 
 
 @contextlib.contextmanager
@@ -472,11 +508,6 @@ def _alarm(limit_s: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _planned(plan: Callable[[], Any]) -> np.ndarray:
-    poses: np.ndarray = plan().trajectory.poses
-    return poses
-
-
 def _count(weights: Any) -> int:
     return sum(weight.numel() for weight in {id(w): w for w in weights}.values())
 
@@ -498,14 +529,13 @@ def table(summary: Mapping[str, Any]) -> str:
             f'x{row["slowdown_p99"]:.2f}; {row["tokens_per_s_beside"]:.0f} of '
             f'{row["tokens_per_s_alone"]:.0f} tokens/s'
         )
-    for precision, found in summary.get('shipped', {}).items():
-        for how, apart_m in found['largest_difference_m'].items():
-            plan = found['plan'][how]
-            lines.append(
-                f'shipped {precision} {how}: golden {apart_m:.2e} m, plan '
-                f'{found["plan_difference_m"][how]:.2e} m, p50 {plan["p50_ms"]:.2f} '
-                f'p99 {plan["p99_ms"]:.2f} ms'
-            )
+    for how, row in summary.get('shipped', {}).items():
+        refused = row.get('no_graph')
+        lines.append(
+            f'shipped, {how}: golden {row["golden_difference_m"]:.1e} m, plan '
+            f'{row["plan_difference_m"]:.1e} m off; p50 {row["p50_ms"]:.2f} ms, p99 '
+            f'{row["p99_ms"]:.2f} ms{f"; no graph: {refused}" if refused else ""}'
+        )
     for title in ('machine', 'proposal', 'no_graph', 'failures'):
         for name, found in summary.get(title, {}).items():
             if name != 'tower':
@@ -517,11 +547,11 @@ def _shown(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     tower = summary.get('machine', {}).get('tower')
     if tower:
         yield 'vision, own width', tower['own_width']
-    for section in ('stages', 'compiled'):
-        for name, row in summary.get(section, {}).items():
-            for how in ('eager', 'graph'):
-                if how in row:
-                    yield f'{section[:8]} {name} {how}', row[how]
+    for name, row in summary.get('stages', {}).items():
+        for how in ('eager', 'graph'):
+            yield f'{name} {how}', row[how]
+    for name, row in summary.get('compiled', {}).items():
+        yield f'{name} compiled', row
     for name, row in summary.get('frames', {}).items():
         yield f'frame {name}', row
     for name, row in summary.get('decoders', {}).items():

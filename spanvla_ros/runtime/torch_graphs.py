@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def plain(work: Work) -> Recorded:
-    """No graph: the work runs again each time, and its outputs are put where the first ones are."""
+    """No graph: the work runs again each time, and its outputs go where the first ones are."""
     outputs = work()
 
     def replay() -> None:
