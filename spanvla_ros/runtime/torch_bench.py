@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -59,19 +59,21 @@ from spanvla_ros.runtime.torch_measure import (
     work_of_call,
 )
 from spanvla_ros.runtime.torch_sizes import SIZES, Answer, Frame, sized_policies
+from spanvla_ros.runtime.torch_table import ANSWERS, table
 from spanvla_ros.types import SpanvlaError
 
 EAGER_REPEATS = 20
 FRAMES_PER_REPEAT = 2
 SHORT_STEPS = 2
-ANSWERS, PARALLEL = (10, 50), (10, 50)
+PARALLEL = (10, 50)
 ANCHORS, ANCHOR_STEPS = 20, 2
 PICTURE_SETS = 4
-# What is timed once more when compiled: both sides of every ratio, and the parts of a frame.
+# What is timed once more when compiled, before the frames and after: parts of a frame and both
+# sides of every ratio. Each new shape takes seconds to compile.
 COMPILED = (
     'flow 10', 'flow 2', 'flow 1', 'AR-1', 'prefill', 'prefill short', 'vision', 'flow short 2',
-    'parallel-50', 'diffusion-20x2',
 )  # fmt: skip
+COMPILED_LAST = 'parallel-50', 'diffusion-20x2'
 
 
 def run_size_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -305,11 +307,7 @@ class SizeBench:
         for frame in (self.deep, self.short):
             compile_layers(frame.policy)
         for name in COMPILED:
-            run = self._runs[name]
-            self.part('compiling', name, lambda r=run: self._first_call_s(limit_s, r))
-            if f'compiling {name}' in self.summary['failures']:
-                return
-            self.part('compiled', name, lambda n=name, r=run: self._graph(f'{n}, compiled', r))
+            self._compile(name, limit_s)
         for name, frame, *_ in self._variants():
             what = f'frame {name}'
             self.part(
@@ -324,6 +322,8 @@ class SizeBench:
                     n,
                 ),
             )
+        for name in COMPILED_LAST:
+            self._compile(name, limit_s)
 
     def proposal(self, budget: float) -> dict[str, Any]:
         """Steps and how often to look that keep a budget, from the recorded stages."""
@@ -473,12 +473,17 @@ class SizeBench:
             for name, ms in ways.items()
         }
 
-    @staticmethod
-    def _first_call_s(limit_s: int, run: Runnable) -> float:
-        began = time.perf_counter()
-        with _alarm(limit_s):
-            run()
-        return time.perf_counter() - began
+    def _compile(self, name: str, limit_s: int) -> None:
+        run = self._runs[name]
+
+        def measure() -> dict[str, Any]:
+            began = time.perf_counter()
+            with _alarm(limit_s):
+                run()
+            first_call_s = time.perf_counter() - began
+            return {**self._graph(f'{name}, compiled', run), 'first_call_s': first_call_s}
+
+        self.part('compiled', name, measure)
 
 
 @contextlib.contextmanager
@@ -514,57 +519,3 @@ def _count(weights: Any) -> int:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(0) if device.type == 'cuda' else 'cpu'
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The summary on one screen."""
-    lines = [f'{"":<32}{"p50 ms":>9}{"p99":>9}{"max":>9}{"CPU ms":>9}{"floor":>9}{"x":>7}']
-    lines += [_line(name, row) for name, row in _shown(summary)]
-    for name, ratios in summary.get('decoders', {}).get('ratios', {}).items():
-        shown = ''.join(f'{ratios[f"AR-{count}_over_this"]:9.2f}' for count in ANSWERS)
-        lines.append(f'{f"AR-10, AR-50 / {name}":<34}{shown}')
-    for name, row in summary.get('beside', {}).items():
-        lines.append(
-            f'{name} beside reasoning: p50 x{row["slowdown_p50"]:.2f}, p99 '
-            f'x{row["slowdown_p99"]:.2f}; {row["tokens_per_s_beside"]:.0f} of '
-            f'{row["tokens_per_s_alone"]:.0f} tokens/s'
-        )
-    for how, row in summary.get('shipped', {}).items():
-        refused = row.get('no_graph')
-        lines.append(
-            f'shipped, {how}: golden {row["golden_difference_m"]:.1e} m, plan '
-            f'{row["plan_difference_m"]:.1e} m off; p50 {row["p50_ms"]:.2f} ms, p99 '
-            f'{row["p99_ms"]:.2f} ms{f"; no graph: {refused}" if refused else ""}'
-        )
-    for title in ('machine', 'proposal', 'no_graph', 'failures'):
-        for name, found in summary.get(title, {}).items():
-            if name != 'tower':
-                lines.append(f'{title} {name}: {found}')
-    return '\n'.join(lines) + '\n'
-
-
-def _shown(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    tower = summary.get('machine', {}).get('tower')
-    if tower:
-        yield 'vision, own width', tower['own_width']
-    for name, row in summary.get('stages', {}).items():
-        for how in ('eager', 'graph'):
-            yield f'{name} {how}', row[how]
-    for name, row in summary.get('compiled', {}).items():
-        yield f'{name} compiled', row
-    for name, row in summary.get('frames', {}).items():
-        yield f'frame {name}', row
-    for name, row in summary.get('decoders', {}).items():
-        if 'p50_ms' in row:
-            yield name, row
-    for name, row in summary.get('beside', {}).items():
-        yield f'frame {name} alone', row['alone']
-        yield f'frame {name} beside', row['beside']
-
-
-def _line(name: str, row: Mapping[str, Any]) -> str:
-    fields = ('p50_ms', 'p99_ms', 'max_ms', 'cpu_ms')
-    line = f'{name:<32}'[:32] + ''.join(f'{row[field]:9.2f}' for field in fields)
-    if row['floor_ms']:
-        line += f'{row["floor_ms"]:9.2f}{row["multiple_of_floor"]:7.1f}'
-    return line
