@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import json
 import signal
 import sys
 import threading
@@ -123,6 +125,8 @@ class SizeBench:
         began = time.perf_counter()
         try:
             found = measure()
+            # A number that is not finite fails its own part, not the file.
+            json.dumps(found, allow_nan=False)
             if found is not None:
                 self.summary.setdefault(section, {})[name] = found
         except Exception as error:  # Whatever fails, the rest is worth its time.
@@ -161,8 +165,15 @@ class SizeBench:
 
     def build(self) -> dict[str, Any]:
         """Draw the weights on the device and lay out the frames."""
+        torch.manual_seed(0)
         deep, short = sized_policies(self._size, self.device, self.precision)
         self.deep, self.short = Frame(deep, self.device), Frame(short, self.device)
+        # What stands from here on is never looked through again by the collector.
+        gc.collect()
+        gc.freeze()
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         backbone, config = deep.backbone, deep.config
         visual = len(deep.layout.image_positions)
         return {
@@ -243,6 +254,14 @@ class SizeBench:
 
         self._runs['AR-1'] = answer.step
         work = work_of_call(answer.step, language, cache)
+        self._floors['AR-1 eager'] = work.floor_ms(self._ceiling)
+        self.part(
+            'decoders',
+            'AR-1 eager',
+            lambda: self._row(
+                timed(answer.step, min(self.repeats, EAGER_REPEATS), self.device), 'AR-1 eager'
+            ),
+        )
         for count in (1, *ANSWERS):
             self._floors[f'AR-{count}'] = count * work.floor_ms(self._ceiling)
             self.part('decoders', f'AR-{count}', lambda c=count: answered(c))

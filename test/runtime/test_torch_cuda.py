@@ -230,9 +230,8 @@ def test_the_work_of_vision_is_counted_by_hand(tiny):
 @torch.no_grad()
 def test_tokens_decoded_in_place_are_those_of_one_whole_pass(tiny):
     answer = Answer(tiny)
-    backbone, said = tiny.policy.backbone, [5]
-    for _ in range(3):
-        said.append(int(answer.step()[0]))
+    backbone = tiny.policy.backbone
+    said = [5, *(int(answer.step()[0]) for _ in range(3))]
     ids = torch.cat([tiny.ids, torch.tensor([said])], 1)
     prefix = backbone.prefill(ids, tiny.embeds, torch.ones(ids.shape))
     wanted = backbone.logits(prefix.hidden[0, -4:-1]).argmax(-1)
