@@ -118,7 +118,7 @@ class ActionExpert(nn.Module):
         points = self.waypoints
         prefix = ((1.0 - valid.float()) * MASKED)[:, None, None, :]
         prefix = prefix.expand(-1, 1, draws * points, -1)
-        same = torch.eye(draws, device=valid.device)
-        same = same.repeat_interleave(points, 0).repeat_interleave(points, 1)
+        same = torch.eye(draws, device=valid.device)[:, None, :, None]
+        same = same.expand(-1, points, -1, points).reshape(draws * points, draws * points)
         own = ((1.0 - same) * MASKED).expand(valid.shape[0], 1, -1, -1)
         return torch.cat([prefix, own], -1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -188,6 +189,16 @@ def _load_torch(directory: ModelDirectory) -> Backend:
     return backend
 
 
+def _load_torch_cuda(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
+    try:
+        from spanvla_ros.runtime.torch_cuda import TorchCudaBackend
+    except ModuleNotFoundError as error:
+        if (error.name or '').split('.')[0] in ('torch', 'transformers'):
+            raise MissingExtraError(str(error.name), 'train') from error
+        raise
+    return TorchCudaBackend(directory, precision)
+
+
 def _load_built_tensorrt(directory: ModelDirectory) -> Backend:
     return _load_tensorrt(directory, may_build=False)
 
@@ -198,6 +209,9 @@ LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
     'onnxruntime-cuda': _load_onnxruntime_cuda,
     'onnxruntime-tensorrt': _load_onnxruntime_tensorrt,
     'torch': _load_torch,
+    'torch-cuda': _load_torch_cuda,
+    'torch-cuda-fp16': partial(_load_torch_cuda, precision='fp16'),
+    'torch-cuda-bf16': partial(_load_torch_cuda, precision='bf16'),
 }
 # `auto` starts nothing that takes minutes: it uses TensorRT where the engines are built.
 AUTO_LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
@@ -213,8 +227,8 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
     Args:
         model_dir: the model directory, or one already verified.
         name: `tensorrt`, `onnxruntime` (CPU), `torch`, or `auto`: the first of these that can run
-            the model here; why each one before it was refused is logged. `onnxruntime-cuda` and
-            `onnxruntime-tensorrt` are taken only when named.
+            the model here; why each one before it was refused is logged. The others are taken only
+            when named.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.

@@ -61,12 +61,18 @@ class Proposal:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the parts `model` and `decoders`."""
+    """Add the options of the parts `model` and `decoders`, and of a model by `--size`."""
     parser.add_argument('--model', type=Path, help='model directory (default: the town model)')
     parser.add_argument('--backend', default='auto', help='engine to measure (default: auto)')
     parser.add_argument('--against', help='a second engine, measured in turns with the first')
     parser.add_argument('--repeats', type=int, default=REPEATS, help='runs of each stage')
     parser.add_argument('--budget', type=budget_ms, help='time for a frame, such as 100ms')
+    sized = parser.add_argument_group('with --size')
+    sized.add_argument('--device', default='cuda', choices=('cuda', 'cpu'), help='where to run')
+    sized.add_argument('--precision', default='bf16', choices=('bf16', 'fp16', 'fp32'))
+    sized.add_argument(
+        '--compile-s', type=int, default=45, help='most seconds for each torch.compile; 0: none'
+    )
 
 
 def budget_ms(text: str) -> float:
@@ -92,7 +98,7 @@ def run_model_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, Any
         for name, timing in timed.items():
             stages[name][stage] = replace(timing, floor_ms=floors.get(stage))
     plans = time_in_turns(
-        {name: _planning(directory, backend) for name, backend in backends.items()}, repeats
+        {name: planning(directory, backend) for name, backend in backends.items()}, repeats
     )
     first = next(iter(backends))
     summary = {
@@ -137,7 +143,7 @@ def _floors(directory: ModelDirectory, ceiling: Ceiling) -> dict[str, float]:
     return {name: work_of(directory.graph(graph)).floor_ms(ceiling) for name, graph in graphs}
 
 
-def _planning(directory: ModelDirectory, backend: Backend) -> Callable[[], object]:
+def planning(directory: ModelDirectory, backend: Backend) -> Callable[[], object]:
     """Plans on pictures that are new each time, every stage included, nothing cached."""
     planner = Planner(
         backend,
@@ -186,7 +192,7 @@ def _sweep(stages: Mapping[str, Timing], config: ModelConfig) -> dict[str, Timin
 
 def _memory(directory: ModelDirectory, backend: Backend, frames: int) -> dict[str, float]:
     """Resident memory, and what many plans after warming up add to it."""
-    plan = _planning(directory, backend)
+    plan = planning(directory, backend)
     plan()
     before = _resident_mb()
     for _ in range(frames):

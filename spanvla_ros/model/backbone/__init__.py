@@ -16,7 +16,7 @@ from spanvla_ros.model.backbone.internvl import InternVLBackbone
 from spanvla_ros.model.backbone.qwen2_5_vl import Qwen25Backbone
 from spanvla_ros.model.backbone.qwen3_vl import Qwen3Backbone
 from spanvla_ros.model.backbone.smolvlm import SmolVLMBackbone
-from spanvla_ros.model.backbone.tiny import draw_weights, tiny_network
+from spanvla_ros.model.backbone.tiny import draw_weights, qwen_network, tiny_network
 from spanvla_ros.model.config import ModelConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     'attend',
     'draw_weights',
     'open_backbone',
+    'qwen_network',
     'rotate',
     'tiny_network',
 ]

@@ -240,13 +240,15 @@ class Backbone(nn.Module, ABC):
     ) -> Prefix:
         """One token `[B, 1]` at `position [1]` over cached K/V `[L, B, kv, S, hd]`.
 
-        Returns the token's own K/V `[L, B, kv, 1, hd]` and hidden `[B, 1, H]`.
+        Returns the token's own K/V `[L, B, kv, 1, hd]` and hidden `[B, 1, H]`. Several tokens at
+        once, each with its position, attend to the cache and to one another: parallel decoding.
         """
         x = self.text.embed_tokens(token)
         cos = self.cos.index_select(0, position)[:, None]
         sin = self.sin.index_select(0, position)[:, None]
         cached = ((1.0 - valid) * MASKED)[:, None, None, :]
-        bias = torch.cat([cached, torch.zeros_like(cached[..., :1])], -1)
+        own = torch.zeros_like(cached[..., : token.shape[1]])
+        bias = torch.cat([cached, own], -1)
         new_keys, new_values = [], []
         for index, layer in enumerate(self.text.layers):
             y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)

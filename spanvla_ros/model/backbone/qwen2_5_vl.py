@@ -74,15 +74,19 @@ class Qwen25Backbone(Backbone):
         tower, count = self.network.model.visual, pixels.shape[0]
         cut = patches(self._normalized(pixels), self.patch, self.merge)
         kernel = tower.patch_embed.proj.weight.sum(2).flatten(1)
-        x = functional.linear(cut.index_select(1, self.window_order), kernel).float()
+        cut = cut.index_select(1, self.window_order).to(kernel.dtype)
+        # Where training rounds products to bf16, the sums between blocks keep the weights' type.
+        x = functional.linear(cut, kernel).to(kernel.dtype)
         for index, block in enumerate(tower.blocks):
-            y = rms_norm(x, block.norm1.weight, 1e-6)
-            x = x + self._look(block.attn, y, everywhere=index in tower.fullatt_block_indexes)
-            y = rms_norm(x, block.norm2.weight, 1e-6)
-            x = x + feed_forward(block.mlp, y)
+            x = self._see_layer(block, x, everywhere=index in tower.fullatt_block_indexes)
         y = rms_norm(x, tower.merger.ln_q.weight, 1e-6)
         y = tower.merger.mlp(y.reshape(count, self.image_tokens, -1))
         return y.index_select(1, self.picture_order)
+
+    def _see_layer(self, block: nn.Module, x: Tensor, *, everywhere: bool) -> Tensor:
+        y = rms_norm(x, block.norm1.weight, 1e-6)
+        x = x + self._look(block.attn, y, everywhere=everywhere)
+        return x + feed_forward(block.mlp, rms_norm(x, block.norm2.weight, 1e-6))
 
     def _look(self, attention: nn.Module, y: Tensor, *, everywhere: bool) -> Tensor:
         count, length, width = y.shape

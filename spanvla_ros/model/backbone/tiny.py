@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -18,8 +19,8 @@ def tiny_network(
         vocabulary: number of tokens, rounded up to a multiple of 64.
         special: ids of Qwen's special tokens by name (`<|image_pad|>` ...).
     """
-    config = Qwen2_5_VLConfig(
-        text_config={
+    return qwen_network(
+        {
             'hidden_size': 192,
             'num_hidden_layers': 5,
             'num_attention_heads': 4,
@@ -27,28 +28,49 @@ def tiny_network(
             'intermediate_size': 512,
             'vocab_size': -(-vocabulary // 64) * 64,
             'max_position_embeddings': 1024,
-            'tie_word_embeddings': True,
             'rope_parameters': {
                 'rope_type': 'default',
                 'rope_theta': 1e4,
                 'mrope_section': [6, 9, 9],
             },
+        },
+        {
+            'depth': 4,
+            'hidden_size': 128,
+            'num_heads': 4,
+            'intermediate_size': 256,
+            'out_hidden_size': 192,
+            'fullatt_block_indexes': [1, 3],
+        },
+        special,
+    )
+
+
+def qwen_network(
+    text: Mapping[str, Any], vision: Mapping[str, Any], special: Mapping[str, int]
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of given sizes, weights as transformers draws them, on torch's default device.
+
+    Args:
+        text: sizes of the language model, by transformers' names.
+        vision: sizes of the tower, likewise.
+        special: ids of Qwen's special tokens by name (`<|image_pad|>` ...).
+    """
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **text,
+            'tie_word_embeddings': True,
             'use_sliding_window': False,
             'bos_token_id': special['<|im_start|>'],
             'eos_token_id': special['<|im_end|>'],
             'pad_token_id': special['<|endoftext|>'],
         },
         vision_config={
-            'depth': 4,
-            'hidden_size': 128,
-            'num_heads': 4,
-            'intermediate_size': 256,
-            'out_hidden_size': 192,
+            **vision,
             'patch_size': 14,
             'spatial_merge_size': 2,
             'temporal_patch_size': 2,
             'window_size': 112,
-            'fullatt_block_indexes': [1, 3],
             'in_channels': 3,
         },
         image_token_id=special['<|image_pad|>'],
