@@ -135,7 +135,7 @@ class SizeBench:
         spent = time.perf_counter() - began
         self.summary['seconds'][f'{section} {name}'] = round(spent, 2)
         at = time.perf_counter() - self._began
-        sys.stdout.write(f'[{at:6.1f} s] {section} {name} ({spent:.1f} s)\n')
+        sys.stdout.write(f'[{at:6.1f} s] {section}: {name} ({spent:.1f} s)\n')
         sys.stdout.flush()
         write_summary(self._out_dir, self.summary)
 
@@ -237,6 +237,11 @@ class SizeBench:
                         self._drive(f, self._recorded(f'frame {n}', w, r), c), f'frame {n}'
                     ),
                 )
+            self.part(
+                'graph_minus_eager',
+                f'frame {name}',
+                lambda n=name, w=run: self._apart(f'frame {n}', w),
+            )
 
     def decoders(self) -> None:
         """From one prefilled cache to a trajectory, each in its own way."""
@@ -388,10 +393,19 @@ class SizeBench:
             return {'eager': self._row(eager, name), 'graph': self._graph(name, run)}
 
         self.part('stages', name, measure)
+        self.part('graph_minus_eager', name, lambda: self._apart(name, run))
 
     def _graph(self, name: str, run: Runnable) -> dict[str, Any]:
         replay = self._recorded(name, run, self._record)[1]
         return self._row(timed(replay, self.repeats, self.device), name)
+
+    def _apart(self, name: str, run: Runnable) -> float:
+        """Largest difference between what was recorded and the same work run eagerly."""
+        outputs, replay = self._recorded(name, run, self._record)
+        replay()
+        kept = [output.clone() for output in outputs]
+        pairs = zip(kept, run(), strict=True)
+        return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
 
     def _recorded(self, name: str, run: Runnable, record: Record) -> Recorded:
         if record is plain:

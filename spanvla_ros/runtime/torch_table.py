@@ -28,7 +28,7 @@ def table(summary: Mapping[str, Any]) -> str:
             f'{row["plan_difference_m"]:.1e} m off; p50 {row["p50_ms"]:.2f} ms, p99 '
             f'{row["p99_ms"]:.2f} ms{f"; no graph: {refused}" if refused else ""}'
         )
-    for title in ('machine', 'proposal', 'no_graph', 'failures'):
+    for title in ('machine', 'graph_minus_eager', 'proposal', 'no_graph', 'failures'):
         for name, found in summary.get(title, {}).items():
             if name != 'tower':
                 lines.append(f'{title} {name}: {found}')

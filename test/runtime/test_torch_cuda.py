@@ -289,6 +289,7 @@ def test_the_whole_bench_runs_at_a_tiny_size(tmp_path, capsys):
     floors = {name: row['graph']['floor_ms'] for name, row in summary['stages'].items()}
     assert floors['flow 10'] == pytest.approx(10 * floors['flow 1'], rel=0.2)
     assert floors['prefill short'] < floors['prefill'] < floors['prefill all layers']
+    assert set(summary['graph_minus_eager'].values()) == {0.0}
     assert summary['decoders']['ratios']['AR-50']['AR-50_over_this'] == 1.0
     assert summary['shipped']['fp32 graph']['golden_difference_m'] < 1e-3
     assert summary['beside']['short 2']['tokens_per_s_beside'] > 0
