@@ -10,28 +10,23 @@ written after each part. Without a GPU everything runs but the graphs.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
 from spanvla_ros.model.checkpoint import load_model_dir, shipped_model_dir
-from spanvla_ros.model.flow import decode_trajectory
 from spanvla_ros.runtime.bench import STEPS, planning, propose
 from spanvla_ros.runtime.golden import waypoint_difference_m
 from spanvla_ros.runtime.roofline import Ceiling, Work
-from spanvla_ros.runtime.timing import WARM, Timing, at_least_one, time_in_turns, write_summary
+from spanvla_ros.runtime.timing import Timing, at_least_one, time_in_turns, write_summary
 from spanvla_ros.runtime.torch_ import TorchBackend
 from spanvla_ros.runtime.torch_cuda import (
     ALIGNED,
@@ -40,6 +35,7 @@ from spanvla_ros.runtime.torch_cuda import (
     align_eyes,
     compile_layers,
 )
+from spanvla_ros.runtime.torch_drive import alarm, drive, drive_beside, stream
 from spanvla_ros.runtime.torch_graphs import (
     Record,
     Recorded,
@@ -57,7 +53,6 @@ from spanvla_ros.runtime.torch_measure import (
     measured_ceiling,
     prefill_weights,
     timed,
-    timing,
     work_of_call,
 )
 from spanvla_ros.runtime.torch_sizes import SIZES, Answer, Frame, sized_policies
@@ -69,7 +64,6 @@ FRAMES_PER_REPEAT = 2
 SHORT_STEPS = 2
 PARALLEL = (10, 50)
 ANCHORS, ANCHOR_STEPS = 20, 2
-PICTURE_SETS = 4
 # What is timed once more when compiled, before the frames and after: parts of a frame and both
 # sides of every ratio. Each new shape takes seconds to compile.
 COMPILED = (
@@ -234,7 +228,7 @@ class SizeBench:
                     'frames',
                     f'{name} {how}',
                     lambda n=name, w=run, f=frame, r=record, c=repeats: self._row(
-                        self._drive(f, self._recorded(f'frame {n}', w, r), c), f'frame {n}'
+                        drive(f, self._recorded(f'frame {n}', w, r), c), f'frame {n}'
                     ),
                 )
             self.part(
@@ -338,7 +332,7 @@ class SizeBench:
                 'compiled',
                 what,
                 lambda n=what, f=frame: self._row(
-                    self._drive(
+                    drive(
                         f,
                         self._recorded(f'{n}, compiled', self._runs[n], self._record),
                         FRAMES_PER_REPEAT * self.repeats,
@@ -422,76 +416,21 @@ class SizeBench:
         row['multiple_of_floor'] = found.p50_ms / floor if floor else None
         return row
 
-    def _drive(self, frame: Frame, run: Recorded, count: int) -> Timing:
-        """So many frames: pictures up, the work, the state down, waypoints; wall time of each."""
-        outputs, replay = run
-        pinned = self.device.type == 'cuda'
-        shape, config = tuple(frame.images.shape), frame.policy.config
-        pictures = [
-            torch.randint(0, 256, shape, dtype=torch.uint8).pin_memory()
-            if pinned
-            else torch.randint(0, 256, shape, dtype=torch.uint8)
-            for _ in range(PICTURE_SETS)
-        ]
-        state = torch.empty(tuple(outputs[0].shape), pin_memory=pinned)
-        source, std = np.zeros((config.waypoints, 3)), np.ones((config.waypoints, 3))
-        wall_ms, spent_ms = [], []
-        for index in range(count + WARM):
-            began, used = time.perf_counter(), time.process_time()
-            frame.images.copy_(pictures[index % PICTURE_SETS], non_blocking=True)
-            replay()
-            state.copy_(outputs[0], non_blocking=True)
-            if pinned:
-                torch.cuda.current_stream().synchronize()
-            poses = decode_trajectory(state[0, 0].numpy(), source, std)
-            if index >= WARM:
-                wall_ms.append((time.perf_counter() - began) * 1e3)
-                spent_ms.append((time.process_time() - used) * 1e3)
-        if not np.isfinite(poses).all():
-            raise SpanvlaError('bench: a waypoint is not finite; times of such numbers mislead')
-        return timing(wall_ms, spent_ms)
-
     def _beside(self, name: str, frame: Frame, steps: int) -> dict[str, Any]:
-        count = FRAMES_PER_REPEAT * self.repeats
-        fast = self._recorded(f'frame {name}', frame.whole(steps), self._record)
+        count, what = FRAMES_PER_REPEAT * self.repeats, f'frame {name}'
+        fast = self._recorded(what, frame.whole(steps), self._record)
         slow = self._recorded('AR step', self.answer.step, self._record)[1]
         slow_alone = timed(slow, self.repeats, self.device)
-        with _stream(self.device, priority=-1):
-            alone = self._drive(frame, fast, count)
-        tokens, failed = 0, []
-        stop = threading.Event()
-
-        def think() -> None:
-            nonlocal tokens
-            try:
-                with torch.no_grad(), _stream(self.device, priority=0):
-                    while not stop.is_set():
-                        slow()
-                        if self.device.type == 'cuda':
-                            torch.cuda.current_stream().synchronize()
-                        tokens += 1
-            except Exception as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=think, daemon=True)
-        began = time.perf_counter()
-        thread.start()
-        try:
-            with _stream(self.device, priority=-1):
-                together = self._drive(frame, fast, count)
-        finally:
-            spent_s = time.perf_counter() - began
-            stop.set()
-            thread.join()
-        if failed:
-            raise failed[0]
+        with stream(self.device, priority=-1):
+            alone = drive(frame, fast, count)
+        together, tokens_per_s = drive_beside(frame, fast, count, slow)
         return {
-            'alone': self._row(alone, f'frame {name}'),
-            'beside': self._row(together, f'frame {name}'),
+            'alone': self._row(alone, what),
+            'beside': self._row(together, what),
             'slowdown_p50': together.p50_ms / alone.p50_ms,
             'slowdown_p99': together.p99_ms / alone.p99_ms,
             'tokens_per_s_alone': 1e3 / slow_alone.p50_ms,
-            'tokens_per_s_beside': tokens / spent_s,
+            'tokens_per_s_beside': tokens_per_s,
         }
 
     def _ratios(self) -> dict[str, dict[str, float]]:
@@ -511,39 +450,12 @@ class SizeBench:
 
         def measure() -> dict[str, Any]:
             began = time.perf_counter()
-            with _alarm(limit_s):
+            with alarm(limit_s):
                 run()
             first_call_s = time.perf_counter() - began
             return {**self._graph(f'{name}, compiled', run), 'first_call_s': first_call_s}
 
         self.part('compiled', name, measure)
-
-
-@contextlib.contextmanager
-def _stream(device: torch.device, priority: int) -> Iterator[None]:
-    if device.type != 'cuda':
-        yield
-        return
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream(priority=priority)):
-        yield
-        torch.cuda.current_stream().synchronize()
-
-
-@contextlib.contextmanager
-def _alarm(limit_s: int) -> Iterator[None]:
-    """Give up what takes longer, as far as Python is asked in between."""
-
-    def ring(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f'not done after {limit_s} s')
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(limit_s)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _count(weights: Any) -> int:
