@@ -92,7 +92,7 @@ class Qwen25Backbone(Backbone):
         y = tower.merger.mlp(y.reshape(count, self.image_tokens, -1))
         return y.index_select(1, self.picture_order)
 
-    def _look(self, attention: nn.Module, y: Tensor, *, everywhere: bool) -> Tensor:
+    def _look(self, attention: Any, y: Tensor, *, everywhere: bool) -> Tensor:
         heads = attention.num_heads
         qkv = split_heads(attention.qkv(y), y.shape[-1] // heads)
         qk = rotate(qkv[:, : 2 * heads], self.vision_cos, self.vision_sin)
