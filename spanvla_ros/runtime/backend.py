@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from spanvla_ros.model.checkpoint import ModelDirectory, load_model_dir
+from spanvla_ros.model.checkpoint import PRECISIONS, ModelDirectory, load_model_dir
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
@@ -160,22 +160,22 @@ def _load_tensorrt(directory: ModelDirectory, *, may_build: bool = True) -> Back
     return TensorRTBackend(directory, may_build=may_build)
 
 
-def _load_onnxruntime(directory: ModelDirectory) -> Backend:
+def _load_onnxruntime(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
     from spanvla_ros.runtime.onnx_ import OnnxBackend
 
-    return OnnxBackend(directory)
+    return OnnxBackend(directory, precision=precision)
 
 
-def _load_onnxruntime_cuda(directory: ModelDirectory) -> Backend:
+def _load_onnxruntime_cuda(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
     from spanvla_ros.runtime.onnx_ import CUDA, OnnxBackend
 
-    return OnnxBackend(directory, providers=CUDA)
+    return OnnxBackend(directory, CUDA, precision=precision)
 
 
-def _load_onnxruntime_tensorrt(directory: ModelDirectory) -> Backend:
+def _load_onnxruntime_tensorrt(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
     from spanvla_ros.runtime.onnx_ import TENSORRT, OnnxBackend
 
-    return OnnxBackend(directory, providers=TENSORRT)
+    return OnnxBackend(directory, TENSORRT, precision=precision)
 
 
 def _load_torch(directory: ModelDirectory) -> Backend:
@@ -203,19 +203,45 @@ def _load_built_tensorrt(directory: ModelDirectory) -> Backend:
     return _load_tensorrt(directory, may_build=False)
 
 
-LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
-    'tensorrt': _load_tensorrt,
+def _load_agreeing_cuda(directory: ModelDirectory) -> Backend:
+    """ONNX Runtime on a GPU, if it plans the golden inputs as fp32 must."""
+    from spanvla_ros.runtime.engines import WAYPOINT_BOUNDS_M
+    from spanvla_ros.runtime.golden import waypoint_difference_m
+
+    backend = _load_onnxruntime_cuda(directory)
+    found, allowed = waypoint_difference_m(backend, directory), WAYPOINT_BOUNDS_M['fp32']
+    if not found <= allowed:
+        raise SpanvlaError(
+            f'{directory.path}: differs from the golden plans by {found:.4f} m on this GPU, '
+            f'allowed are {allowed:g} m; use onnxruntime'
+        )
+    return backend
+
+
+_ONNX_LOADERS = {
     'onnxruntime': _load_onnxruntime,
     'onnxruntime-cuda': _load_onnxruntime_cuda,
     'onnxruntime-tensorrt': _load_onnxruntime_tensorrt,
+}
+# By name, or by name and precision, such as `onnxruntime:int8`.
+LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
+    'tensorrt': _load_tensorrt,
+    **_ONNX_LOADERS,
     'torch': _load_torch,
     'torch-cuda': _load_torch_cuda,
-    'torch-cuda-fp16': partial(_load_torch_cuda, precision='fp16'),
-    'torch-cuda-bf16': partial(_load_torch_cuda, precision='bf16'),
+    'torch-cuda:fp16': partial(_load_torch_cuda, precision='fp16'),
+    'torch-cuda:bf16': partial(_load_torch_cuda, precision='bf16'),
+    **{
+        f'{name}:{precision}': partial(load, precision=precision)
+        for name, load in _ONNX_LOADERS.items()
+        for precision in PRECISIONS[1:]
+    },
 }
-# `auto` starts nothing that takes minutes: it uses TensorRT where the engines are built.
+# `auto` starts nothing that takes minutes, and nothing that plans otherwise: TensorRT where the
+# engines are built, a GPU where it agrees with the golden plans.
 AUTO_LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
     'tensorrt': _load_built_tensorrt,
+    'onnxruntime-cuda': _load_agreeing_cuda,
     'onnxruntime': _load_onnxruntime,
     'torch': _load_torch,
 }
@@ -226,9 +252,10 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
 
     Args:
         model_dir: the model directory, or one already verified.
-        name: `tensorrt`, `onnxruntime` (CPU), `torch`, or `auto`: the first of these that can run
-            the model here; why each one before it was refused is logged. The others are taken only
-            when named.
+        name: `tensorrt`, `onnxruntime-cuda`, `onnxruntime` (CPU), `torch`, or `auto`: the first
+            of these that can run the model here; why each one before it was refused is logged.
+            The others are taken only when named. Those of ONNX Runtime also run
+            graphs of another precision: `onnxruntime:int8`.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.

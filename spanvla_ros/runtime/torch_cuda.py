@@ -68,7 +68,7 @@ class TorchCudaBackend(TorchBackend):
         self.config = policy.config
         if self.config.expert_graph != 'step':
             raise SpanvlaError(f'torch-cuda: runs no head {self.config.head}; use torch')
-        self.name = 'torch-cuda' if precision == 'fp32' else f'torch-cuda-{precision}'
+        self.name = 'torch-cuda' if precision == 'fp32' else f'torch-cuda:{precision}'
         if precision == 'fp32':
             torch.backends.cuda.matmul.allow_tf32 = False
         self.kind = PRECISIONS[precision]
