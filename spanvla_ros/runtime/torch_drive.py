@@ -66,7 +66,8 @@ def drive_beside(
 
     Returns the times of the frames, and how often it thought in a second.
     """
-    thoughts, failed = 0, []
+    thoughts = 0
+    failed: list[Exception] = []
     stop = threading.Event()
 
     def loop() -> None:
