@@ -100,12 +100,14 @@ def drive_beside(
 
 @contextlib.contextmanager
 def stream(device: torch.device, priority: int) -> Iterator[None]:
-    """A CUDA stream of its own for what follows, once all before is done; lower runs first."""
+    """A CUDA stream of its own for what follows, after all before it; lower runs first."""
     if device.type != 'cuda':
         yield
         return
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream(priority=priority)):
+    own = torch.cuda.Stream(priority=priority)
+    # Waiting for the whole device would never end beside a thread that keeps it busy.
+    own.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(own):
         yield
         torch.cuda.current_stream().synchronize()
 
