@@ -141,7 +141,7 @@ class PlannerNode(LifecycleNode):
         if self._cameras is not None:
             self._cameras.wake()
         if self._thread is not None:
-            self._thread.join(timeout=3.0)
+            self._thread.join(timeout=2.0)
             self._thread = None
         if self._cameras is not None:
             self._cameras.close()
