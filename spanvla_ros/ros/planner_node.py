@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -326,9 +326,7 @@ class PlannerNode(LifecycleNode):
                 'pictures_encoded': str(model.pictures_encoded),
                 'think_rate': _rate(model.meter.slow_rate),
                 'think_alarm': model.meter.alarm,
-                'agreement': _rate(
-                    sum(self._agreed) / len(self._agreed) if self._agreed else None
-                ),
+                'agreement': _share(self._agreed),
                 'think_tokens': str(model.meter.drive_tokens),
                 'tokens_per_s': f'{model.meter.tokens_per_s:.0f}',
             }
@@ -347,9 +345,13 @@ class PlannerNode(LifecycleNode):
 
 
 def _engine_names(model: Planner) -> str:
-    """Built engines by name, a hash of all they were built from; empty where graphs run as such."""
+    """Built engines by name, each a hash of all it was built from; none where graphs run."""
     engines: Mapping[str, Engine] = getattr(model.backend, 'engines', {})
     return ' '.join(sorted(engine.path.name for engine in engines.values()))
+
+
+def _share(said: Sequence[bool]) -> str:
+    return _rate(sum(said) / len(said) if said else None)
 
 
 def _rate(share: float | None) -> str:
