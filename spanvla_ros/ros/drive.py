@@ -252,7 +252,8 @@ class Drive:
         node.create_subscription(String, 'town/status', self._on_status, latched)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # A shell's background job starts with SIGINT ignored; it too may be told to stop.
+        before = [signal.signal(number, signal.default_int_handler) for number in STOPPING]
         try:
             for process in self.nodes.values():
                 process.start()
@@ -261,11 +262,11 @@ class Drive:
             return 'interrupted'
         finally:
             # Who asks twice gets no second answer: the nodes are on their way out.
-            hands = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
             self._stop()
-            for number, hand in zip(STOPPING, hands, strict=True):
+            for number, hand in zip(STOPPING, before, strict=True):
                 signal.signal(number, hand)
-            signal.signal(signal.SIGTERM, before)
             executor.shutdown()
             node.destroy_node()
             context.try_shutdown()

@@ -140,8 +140,12 @@ def test_a_drive_ends_all_its_nodes(tmp_path, number):
         drive.send_signal(number)
         time.sleep(0.1)
         drive.send_signal(signal.SIGINT)
-        # It reports what it drove; it did not come to its end.
-        assert drive.wait(120) == 1
+        try:
+            # It reports what it drove; it did not come to its end.
+            assert drive.wait(240) == 1
+        finally:
+            drive.kill()
+            drive.wait()
         summary = json.loads((out / 'summary.json').read_text())
         assert summary['broke_off'] == 'interrupted'
         assert set(summary['exit_status']) == set(NODES)
