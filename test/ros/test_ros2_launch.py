@@ -60,6 +60,11 @@ def environment(prefix, domain, tmp_path) -> dict[str, str]:
     }
 
 
+def hear_sigint() -> None:
+    """What a shell started in the background inherits SIGINT ignored, and launch goes by that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize('name', ['vehicle', 'replay', 'carla', 'demo'])
 def test_a_launch_file_parses_and_shows_its_arguments(environment, tmp_path, name):
     done = subprocess.run(
@@ -86,7 +91,7 @@ def test_nodes_come_up_and_sigint_ends_them_in_order(environment, tmp_path, name
                 [ROS2, 'launch', 'spanvla_ros', f'{name}.launch.xml', *words,
                  f'out:={tmp_path}/{attempt}.mcap'],
                 env=environment, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=hear_sigint,
             )  # fmt: skip
         try:
             end_s = time.monotonic() + 180.0
