@@ -28,6 +28,14 @@ class Command:
 
 
 COMMANDS = {
+    'init': Command(
+        'spanvla_ros.doctor.init',
+        'write a parameter file for the rig of a bag or of a running graph',
+        (
+            'spanvla init --bag my_bag --out rig',
+            'spanvla init --seconds 10 --out rig',
+        ),
+    ),
     'drive': Command(
         'spanvla_ros.ros.drive',
         'drive the town in closed loop over DDS, every node a process of its own',

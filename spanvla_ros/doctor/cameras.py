@@ -23,7 +23,10 @@ STRONG_SCALE = 0.15
 MORE_OBEY = 0.08
 NOTHING = 0.05
 MARGIN_OF_NOTHING = 0.08
+ENOUGH = 0.5
+SURE = 0.7
 BLACK = 12.0
+FLIPS = ('mirrored', 'turned')
 
 
 @dataclass(frozen=True)
@@ -185,17 +188,27 @@ def _mounts(sights: list[Sight], *, left_handed: bool) -> Iterator[Finding]:
                 yield found('cameras_swapped', f'{names[0]} and {names[1]} see what the other '
                             'should', a=names[0], b=names[1])  # fmt: skip
             continue
-        yield _single(sight, _without_partner(sight, number, idea, left_handed=left_handed))
+        place = sights[int(idea.mount)].mount
+        taken = _value(sight, place, idea)
+        yield _single(sight, _without_partner(sight, number, idea, taken, left_handed=left_handed))
 
 
 def _without_partner(
-    sight: Sight, number: str, idea: Hypothesis, *, left_handed: bool
+    sight: Sight, number: str, idea: Hypothesis, taken: float, *, left_handed: bool
 ) -> Hypothesis:
-    """A camera alone that seems to sit where another does: rather its picture is mirrored."""
+    """A camera alone that seems to sit where another does: rather its picture is flipped.
+
+    The place is taken, by a camera that is right there; only where that place explains the
+    picture well and no flip does is it the better story.
+    """
     if idea.mount == number or idea.flip != 'none':
         return idea
-    mirrored = Hypothesis(number, 'mirrored', left_handed=left_handed)
-    return mirrored if _value(sight, sight.mount, mirrored) > 0.7 else idea
+    flips = [Hypothesis(number, flip, left_handed=left_handed) for flip in FLIPS]
+    values = [_value(sight, sight.mount, flipped) for flipped in flips]
+    best = max(values)
+    given = _value(sight, sight.mount, Hypothesis(number, left_handed=left_handed))
+    weak = taken < ENOUGH and given < NOTHING and best > given + MARGIN_OF_NOTHING
+    return flips[values.index(best)] if best > SURE or weak else idea
 
 
 def _single(sight: Sight, idea: Hypothesis) -> Finding:
@@ -219,7 +232,7 @@ def _explain(
     """The hypothesis that explains a camera better than its own; None where its own will do."""
     own = Hypothesis(str(number), left_handed=left_handed)
     given = _value(sight, sight.mount, own)
-    ideas = [(replace(own, flip=flip), sight.mount) for flip in ('mirrored', 'turned')]
+    ideas = [(replace(own, flip=flip), sight.mount) for flip in FLIPS]
     # A street between parked cars shows little ground, so the share that moves like it says
     # nothing alone: a wrong focal length must break the geometry of the other tracks as well.
     obeying = score(sight.tracks, sight.info, sight.mount, own).obeying
@@ -236,7 +249,7 @@ def _explain(
     margin = STRONG if first.scale == 1.0 else STRONG_SCALE
     # Where its own mount explains nothing at all, less of another explanation is enough.
     nothing = given < NOTHING and top > given + MARGIN_OF_NOTHING
-    if not nothing and (top - given < margin or top < 0.55):
+    if not nothing and (top - given < margin or top < ENOUGH):
         return None
     # Of explanations that do equally well, another's mount first: its partner confirms or not.
     close = [idea for found_value, idea in values if found_value > top - 0.04]

@@ -64,6 +64,14 @@ def rig_of_bag(bag: str, specs: tuple[CameraSpec, ...]) -> Rig:
         return gather(rig, messages_of(reader, wanted), reader.duration * 1e-9)
 
 
+def rig_heard(seconds: float, specs: tuple[CameraSpec, ...]) -> Rig:
+    """Everything the checks look at, out of a running graph; needs rclpy."""
+    from spanvla_ros.ros.graph import hear
+
+    heard = hear(seconds, LOOKED_AT)
+    return gather(empty_rig(heard.topics, specs, live=True), heard.messages, seconds)
+
+
 def listen(seconds: float, specs: tuple[CameraSpec, ...]) -> list[Finding]:
     """What a running graph shows; needs rclpy."""
     from spanvla_ros.ros.graph import hear

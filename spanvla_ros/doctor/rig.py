@@ -136,12 +136,14 @@ class Rig:
 
     def mount_of(self, camera: Camera) -> Mount | None:
         """Where a camera sits: by the transforms, else as the model's camera of its name."""
-        mount = self._chain(camera.stream.frame)
+        mount = self.given_mount(camera)
         if mount is not None:
             return mount
         return next((Mount.of(s) for s in self.specs if s.name == camera.name), None)
 
-    def _chain(self, frame: str) -> Mount | None:
+    def given_mount(self, camera: Camera) -> Mount | None:
+        """Where a camera sits by the static transforms, None where none lead to it."""
+        frame = camera.stream.frame
         center, axes = np.zeros(3), np.eye(3)
         for _ in range(10):
             if frame == 'base_link':

@@ -118,10 +118,14 @@ def summary_of(recording: Recording, vehicle: Vehicle) -> dict[str, Any]:
 
 
 def window_of(recording: Recording) -> Window:
-    """From the arrival of the first plan (else output) to that of the last odometry."""
+    """From the arrival of the first plan (else output) to that of the last odometry.
+
+    Where the recorder found the odometry later than the plans, from its arrival on.
+    """
     first = recording.plans[0].received_ns if recording.plans else recording.outputs[0].received_ns
     if not len(recording.odometry_received_ns):
         raise SpanvlaError('the recording holds no odometry, so nothing can be measured')
+    first = max(first, int(recording.odometry_received_ns[0]))
     last = int(recording.odometry_received_ns[-1])
     if last <= first:
         raise SpanvlaError('the recording ends before its first plan, so nothing can be measured')

@@ -34,6 +34,8 @@ from spanvla_ros.types import CameraFrame
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 # A camera three times as fast as the anchor still has its nearest picture here.
 WAITING = 6
+# What a middleware that does not number its messages says instead.
+UNNUMBERED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Intake:
     stamp_ns: int = 0
     received: int = 0
     unmatched: int = 0
+    numbers: dict[bool, int] = field(default_factory=dict)
     source: tuple[Intrinsics, Mount | None] | None = None
     view: VirtualCamera | None = None
 
@@ -103,11 +106,11 @@ class CameraInputs:
         self._anchor = self.intakes[cameras[0].name]
 
     def _subscribe(self, intake: Intake, base: str, topic: str) -> None:
-        def on_raw(message: Image) -> None:
-            self._store(intake, message, compressed=False)
+        def on_raw(message: Image, info: Mapping[str, Any]) -> None:
+            self._store(intake, message, info, compressed=False)
 
-        def on_compressed(message: CompressedImage) -> None:
-            self._store(intake, message, compressed=True)
+        def on_compressed(message: CompressedImage, info: Mapping[str, Any]) -> None:
+            self._store(intake, message, info, compressed=True)
 
         def on_info(message: CameraInfo) -> None:
             self._on_info(intake, message)
@@ -140,9 +143,12 @@ class CameraInputs:
         else:
             meter.arrived(now_ns, stamp_ns_of(message.header))
 
-    def _store(self, intake: Intake, message: Any, *, compressed: bool) -> None:
+    def _store(
+        self, intake: Intake, message: Any, info: Mapping[str, Any], *, compressed: bool
+    ) -> None:
         room = 1 if intake is self._anchor else WAITING
         with self._news:
+            _count_losses(intake, info, compressed=compressed)
             while len(intake.waiting) >= room:
                 intake.waiting.popleft()
                 intake.meter.dropped += 1
@@ -232,6 +238,16 @@ class CameraInputs:
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._subscriptions.clear()
+
+
+def _count_losses(intake: Intake, info: Mapping[str, Any], *, compressed: bool) -> None:
+    """Count what the publisher sent between the last message and this one; Humble cannot tell."""
+    number = int(info.get('publication_sequence_number', UNNUMBERED))
+    last = intake.numbers.get(compressed, UNNUMBERED)
+    intake.numbers[compressed] = number
+    # A publisher that was started again counts from the beginning.
+    if last < number < UNNUMBERED:
+        intake.meter.lost += number - last - 1
 
 
 def _equal(one: tuple[Intrinsics, Mount | None], other: tuple[Intrinsics, Mount | None]) -> bool:

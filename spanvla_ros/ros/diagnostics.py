@@ -26,12 +26,14 @@ class InputMeter:
         """Name the input; older than `timeout_s` it is stale, a fault only if `required`.
 
         `warning` is a lasting doubt about good messages, `extra` what else its line shows.
+        `dropped` are messages that came and were not needed, `lost` those that never came.
         """
         self.name = name
         self.timeout_s = timeout_s
         self.required = required
         self.received = 0
         self.dropped = 0
+        self.lost = 0
         self.warning = ''
         self.extra: dict[str, str] = {}
         self._arrivals_ns: deque[int] = deque(maxlen=60)
@@ -62,6 +64,7 @@ class InputMeter:
         values = {
             'received': str(self.received),
             'dropped': str(self.dropped),
+            'lost': str(self.lost),
             'rate_hz': f'{rate_hz:.1f}',
             'refused': str(sum(self._faults.values())),
             **self.extra,

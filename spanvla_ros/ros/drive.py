@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -62,6 +63,7 @@ SHADOW_REMAPS = {
 }
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 END_TRUTH_S = 0.4
 SETTINGS: Mapping[str, Any] = {
     'recorder': RecorderSettings,
@@ -250,6 +252,8 @@ class Drive:
         node.create_subscription(String, 'town/status', self._on_status, latched)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
+        # A shell's background job starts with SIGINT ignored; it too may be told to stop.
+        before = [signal.signal(number, signal.default_int_handler) for number in STOPPING]
         try:
             for process in self.nodes.values():
                 process.start()
@@ -257,7 +261,12 @@ class Drive:
         except KeyboardInterrupt:
             return 'interrupted'
         finally:
+            # Who asks twice gets no second answer: the nodes are on their way out.
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
             self._stop()
+            for number, hand in zip(STOPPING, before, strict=True):
+                signal.signal(number, hand)
             executor.shutdown()
             node.destroy_node()
             context.try_shutdown()
@@ -358,6 +367,7 @@ def report(recording: Path, drive: Drive, failure: str) -> int:
     content['steal_share'] = drive.cost.steal_share
     content['node_cpu_share'] = dict(drive.cost.node_cpu_share)
     content['restarts'] = {name: node.restarts for name, node in drive.nodes.items()}
+    content['exit_status'] = {name: node.exit_status for name, node in drive.nodes.items()}
     content['broke_off'] = failure
     content['machine'] = f'{platform.machine()}, {os.cpu_count()} cores'
     out = recording.parent

@@ -20,6 +20,8 @@ from rclpy.topic_endpoint_info import TopicEndpointInfo
 from spanvla_ros.replay.observed import Offer, SeenMessage, SeenTopic
 
 DISCOVERY_S = 2.0
+# A busy machine tells of its nodes first and of their topics much later.
+LONGEST_DISCOVERY_S = 10.0
 DEPTH = 50
 
 
@@ -52,9 +54,7 @@ def hear(seconds: float, kinds: Collection[str]) -> Heard:
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     try:
-        _spin(executor, DISCOVERY_S)
-        names = [name for name in _nodes(node) if name != '/spanvla_doctor']
-        announced = [(n, k) for n, k in node.get_topic_names_and_types() if _published(node, n)]
+        names, announced = _discover(node, executor, kinds)
         topics = tuple(_topic(node, name, kind) for name, types in announced for kind in types[:1])
         messages: list[SeenMessage] = []
         for topic in topics:
@@ -68,6 +68,21 @@ def hear(seconds: float, kinds: Collection[str]) -> Heard:
         context.try_shutdown()
     several = {name: tuple(types) for name, types in announced if len(types) > 1}
     return Heard(tuple(names), topics, tuple(messages), seconds, clocks, several)
+
+
+def _discover(
+    node: Node, executor: SingleThreadedExecutor, kinds: Collection[str]
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names of the other nodes, and the topics with a publisher and their types."""
+    end_s = time.monotonic() + LONGEST_DISCOVERY_S
+    _spin(executor, DISCOVERY_S)
+    while True:
+        names = [name for name in _nodes(node) if name != '/spanvla_doctor']
+        announced = [(n, k) for n, k in node.get_topic_names_and_types() if _published(node, n)]
+        looked_at = any(kind in kinds for _, types in announced for kind in types)
+        if looked_at or not names or time.monotonic() > end_s:
+            return names, announced
+        _spin(executor, 0.5)
 
 
 def _spin(executor: SingleThreadedExecutor, seconds: float) -> None:

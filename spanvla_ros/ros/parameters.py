@@ -306,6 +306,16 @@ class TownSettings:
     seed: int = setting(0, 'seed of the world', low=0, high=2**31 - 1)
     camera_hz: float = setting(15.0, 'pictures a second and camera', low=1.0, high=60.0)
     image_transport: str = setting('raw', 'form of the pictures', choices=('raw', 'compressed'))
+    camera_loss: float = setting(0.0, 'share of pictures lost on purpose', low=0.0, high=0.95)
+    camera_jitter_ms: float = setting(
+        0.0, 'pictures are sent up to this much late, by chance', low=0.0, high=500.0
+    )
+    camera_skew_ms: float = setting(
+        0.0,
+        'how far the other cameras expose after and before the first, by turns',
+        low=0.0,
+        high=100.0,
+    )
     vehicle_file: str = setting('', 'vehicle file; empty is the built-in vehicle')
     wait_for_driver: bool = setting(
         default=True, text='hold the world still until the first command that moves the car'

@@ -46,7 +46,7 @@ class PlannerInputs:
     def __init__(self, node: Node, settings: PlannerSettings) -> None:
         """Subscribe on `node`."""
         self._node = node
-        self._frame = settings.output_frame
+        self._frame, self._base_frame = settings.output_frame, settings.base_frame
         self._lock = threading.Lock()
         self._builder: ObservationBuilder | None = None
         self._clock_watch = ClockWatch()
@@ -134,6 +134,7 @@ class PlannerInputs:
         try:
             self._check_frame('odometry', message)
             ego = read_odometry(message)
+            self._odometry.warning = self._doubt_of_child(message)
         except MessageError as error:
             self._odometry.fault(self._now_ns(), str(error))
             return
@@ -164,6 +165,16 @@ class PlannerInputs:
             raise MessageError(
                 f'{source}: frame {frame_id!r:.40} is not output_frame {self._frame!r}'
             )
+
+    def _doubt_of_child(self, message: Odometry) -> str:
+        """Pose and twist of another point than the rear axle look right and are not."""
+        child = str(message.child_frame_id)
+        if child in ('', self._base_frame):
+            return ''
+        return (
+            f'odometry: it is of {child!r:.40}, not of base_frame {self._base_frame!r}: see that '
+            'its origin is the rear axle and its twist in the axes of the body'
+        )
 
     def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
         try:

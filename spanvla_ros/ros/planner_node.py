@@ -12,6 +12,8 @@ import gc
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +38,7 @@ from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.planner_inputs import PlannerInputs
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.runtime.engines import Engine
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.runtime.thinking import ThinkLimits
@@ -62,6 +65,7 @@ class PlannerNode(LifecycleNode):
         self._resets_seen = 0
         self._plan_fault, self._plan_fault_s = '', -np.inf
         self._degraded: tuple[str, ...] = ()
+        self._agreed: deque[bool] = deque(maxlen=self.settings.think_window)
         self._plans = 0
         self._loading = ''
         self._overlay_s = -np.inf
@@ -141,7 +145,7 @@ class PlannerNode(LifecycleNode):
         if self._cameras is not None:
             self._cameras.wake()
         if self._thread is not None:
-            self._thread.join(timeout=3.0)
+            self._thread.join(timeout=2.0)
             self._thread = None
         if self._cameras is not None:
             self._cameras.close()
@@ -267,6 +271,8 @@ class PlannerNode(LifecycleNode):
         self._plan_out.publish(String(data=plan.to_json()))
         self._plans += 1
         self._degraded = plan.degraded
+        if plan.agreement is not None:
+            self._agreed.append(plan.agreement)
         stages = plan.stage_ms
         self._stages.add(
             {
@@ -317,10 +323,12 @@ class PlannerNode(LifecycleNode):
             values |= {
                 'model_sha256': model.model_sha256,
                 'backend': model.backend.name,
+                'engines': _engine_names(model),
                 'schedule': model.schedule,
                 'pictures_encoded': str(model.pictures_encoded),
                 'think_rate': _rate(model.meter.slow_rate),
                 'think_alarm': model.meter.alarm,
+                'agreement': _share(self._agreed),
                 'think_tokens': str(model.meter.drive_tokens),
                 'tokens_per_s': f'{model.meter.tokens_per_s:.0f}',
             }
@@ -336,6 +344,16 @@ class PlannerNode(LifecycleNode):
             level, text = OK, 'ok'
         lines.append(status('plan', level, text, values))
         self._diagnostics.publish(lines)
+
+
+def _engine_names(model: Planner) -> str:
+    """Built engines by name, each a hash of all it was built from; none where graphs run."""
+    engines: Mapping[str, Engine] = getattr(model.backend, 'engines', {})
+    return ' '.join(sorted(engine.path.name for engine in engines.values()))
+
+
+def _share(said: Sequence[bool]) -> str:
+    return _rate(sum(said) / len(said) if said else None)
 
 
 def _rate(share: float | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol, runtime_checkable
@@ -17,7 +16,7 @@ from rclpy.signals import SignalHandlerOptions
 
 from spanvla_ros.types import SpanvlaError
 
-HARD_EXIT_S = 5.0
+HARD_EXIT_S = 2.8
 # A drive names itself here to the nodes it starts.
 PARENT_VARIABLE = 'SPANVLA_PARENT_PID'
 
@@ -36,11 +35,12 @@ def run_node(make: Callable[[], Node]) -> int:
     A second signal during shutdown is ignored, and a shutdown that hangs is cut after
     `HARD_EXIT_S`: a middleware blocked in its own locks would otherwise outlive the drive.
     """
-    stopping = threading.Event()
+    stopping = False
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if not stopping.is_set():
-            stopping.set()
+        nonlocal stopping
+        if not stopping:
+            stopping = True
             _arm_hard_exit()
 
     rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
@@ -52,7 +52,7 @@ def run_node(make: Callable[[], Node]) -> int:
     try:
         node = make()
         executor.add_node(node)
-        while rclpy.ok() and not stopping.is_set() and not _orphaned():
+        while rclpy.ok() and not stopping and not _orphaned():
             executor.spin_once(timeout_sec=0.2)
     except SpanvlaError as error:
         _say(str(error))
@@ -60,7 +60,7 @@ def run_node(make: Callable[[], Node]) -> int:
     except ExternalShutdownException:
         pass
     finally:
-        stopping.set()
+        stopping = True
         _close(node)
     return status
 
@@ -72,12 +72,9 @@ def _orphaned() -> bool:
 
 
 def _arm_hard_exit() -> None:
-    def leave() -> None:
-        os._exit(1)
-
-    timer = threading.Timer(HARD_EXIT_S, leave)
-    timer.daemon = True
-    timer.start()
+    """Let the kernel end the process later: a thread of ours might never get to run again."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, HARD_EXIT_S)
 
 
 def _close(node: Node | None) -> None:

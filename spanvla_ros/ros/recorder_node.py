@@ -207,7 +207,7 @@ class RecorderNode(Node):
     def close(self) -> None:
         """Write what is queued, then the index."""
         self._queue.put(None)
-        self._thread.join(timeout=4.0)
+        self._thread.join(timeout=2.0)
         self._file.close()
 
 

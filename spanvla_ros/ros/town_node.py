@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import cv2
@@ -29,6 +30,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
 
 from spanvla_ros.model.config import TOWN_CAMERAS, CameraSpec
+from spanvla_ros.ros.camera_link import CameraLink
 from spanvla_ros.ros.diagnostics import (
     OK,
     WARN,
@@ -55,14 +57,17 @@ STATUS_PERIOD_S = 0.5
 SIGHT_M = 250.0
 SIGHT_STEP_M = 20.0
 MOVING_MPS = 0.05
-# A step that comes later than this is a stalled machine: the clock slips instead of racing.
+# A step that comes later than this is a stalled machine: the car has driven on, unseen, but for
+# no longer than the second; a longer stall is left out of its time.
 MAX_LAG_S = 0.25
+MAX_UNSEEN_S = 1.0
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What all cameras see at one instant."""
+    """What some cameras see at one instant."""
 
+    cameras: tuple[CameraSpec, ...]
     stamp_ns: int
     pose: np.ndarray
     boxes: tuple[Box, ...]
@@ -99,12 +104,16 @@ class TownNode(Node):
         self._meter = StageMeter()
         self._clock_watch = ClockWatch()
         self._clock_meter = InputMeter('clock', settings.command_timeout_s, required=False)
-        self._exposures: queue.Queue[Exposure] = queue.Queue(maxsize=1)
         self._truths: queue.Queue[Truth] = queue.Queue(maxsize=4)
         self._ranges_sha256 = ranges_sha256()
         self._make_topics()
         self._steps_per_exposure = math.ceil(ODOMETRY_HZ / settings.camera_hz)
         self.step_s = 1.0 / (settings.camera_hz * self._steps_per_exposure)
+        self._shutters = self._shutters_by_step()
+        self._exposures: queue.Queue[Exposure] = queue.Queue(maxsize=len(self._shutters))
+        self._link = CameraLink(
+            settings.camera_loss, settings.camera_jitter_ms / 1e3, settings.seed
+        )
         self._threads = [
             threading.Thread(target=self._run_physics, name='physics', daemon=True),
             threading.Thread(target=self._run_camera, name='camera', daemon=True),
@@ -149,6 +158,7 @@ class TownNode(Node):
             'seed': str(self.settings.seed),
             'late_steps': str(self._late_steps),
             'undrawn_exposures': str(self._undrawn),
+            'lost_on_purpose': str(self._link.lost.total()),
             **self._meter.values(),
         }
         level, text = (OK, 'ok') if self._moving else (WARN, 'waiting for the driver')
@@ -171,6 +181,8 @@ class TownNode(Node):
                 self._late_steps += 1
                 start_s -= wait_s
                 start_ns -= round(wait_s * 1e9)
+                for _ in range(int(min(-wait_s, MAX_UNSEEN_S) / self.step_s)):
+                    self._move()
             if self._stop.is_set():
                 return
             now_ns = int(self.get_clock().now().nanoseconds)
@@ -179,12 +191,13 @@ class TownNode(Node):
                 # The drive goes on; its stamps follow the clock that everybody else goes by.
                 self._clock_meter.fault(now_ns, f'{jump}: stamps follow')
                 start_ns = now_ns - round(elapsed_s * 1e9)
-            if step and self._moving:
-                self.world.step(self._drive_command(), self.step_s)
+            if step:
+                self._move()
             stamp_ns = start_ns + round(elapsed_s * 1e9)
             self._odometry.publish(self._odometry_message(self.world.ego, stamp_ns))
-            if step % self._steps_per_exposure == 0:
-                self._expose(stamp_ns)
+            exposed = self._shutters.get(step % self._steps_per_exposure)
+            if exposed is not None:
+                self._expose(exposed, stamp_ns)
             ended = self.world.finished and not finished
             if ended or self._due(step, SCENE_PERIOD_S):
                 with_map = self._due(step, SCENE_PERIOD_S, SCENES_PER_MAP)
@@ -192,6 +205,10 @@ class TownNode(Node):
             if self._due(step, STATUS_PERIOD_S) or self.world.finished != finished:
                 finished = self.world.finished
                 self._publish_status()
+
+    def _move(self) -> None:
+        if self._moving:
+            self.world.step(self._drive_command(), self.step_s)
 
     def _due(self, step: int, period_s: float, periods: int = 1) -> bool:
         """Whether a period, or a number of them, begins with this step."""
@@ -215,14 +232,28 @@ class TownNode(Node):
         braking = speed_mps <= 0.0
         return DriveCommand(speed_mps, yaw_rate_radps, accel_mps2, steering_rad, braking)
 
-    def _expose(self, stamp_ns: int) -> None:
+    def _shutters_by_step(self) -> dict[int, tuple[CameraSpec, ...]]:
+        """Which cameras expose at which step of a camera period; the anchor at the first.
+
+        The others do so by turns after and before the anchor, by `camera_skew_ms` rounded up to
+        a step.
+        """
+        skew = math.ceil(self.settings.camera_skew_ms / 1e3 / self.step_s - 1e-6)
+        steps: dict[int, tuple[CameraSpec, ...]] = {}
+        for index, camera in enumerate(self.cameras):
+            off = 0 if index == 0 else -skew if index % 2 == 0 else skew
+            at = off % self._steps_per_exposure
+            steps[at] = (*steps.get(at, ()), camera)
+        return steps
+
+    def _expose(self, cameras: tuple[CameraSpec, ...], stamp_ns: int) -> None:
         ego = self.world.ego
         boxes = tuple(
             box
             for box in self.world.boxes()
             if math.hypot(box.x_m - ego.x_m, box.y_m - ego.y_m) < SIGHT_M
         )
-        exposure = Exposure(stamp_ns, ego.pose, boxes, self.world.tint)
+        exposure = Exposure(cameras, stamp_ns, ego.pose, boxes, self.world.tint)
         try:
             self._exposures.put_nowait(exposure)
         except queue.Full:
@@ -307,7 +338,7 @@ class TownNode(Node):
     # Camera thread.
 
     def _run_camera(self) -> None:
-        renderer = Renderer(self.cameras)
+        renderers = {cameras: Renderer(cameras) for cameras in self._shutters.values()}
         ground = self.world.ground()
         near, near_of = ground, None
         while not self._stop.is_set():
@@ -319,10 +350,12 @@ class TownNode(Node):
             place = exposure.pose[:2]
             if near_of is None or np.hypot(*(place - near_of)) > SIGHT_STEP_M:
                 near, near_of = _within(ground, place, SIGHT_M + SIGHT_STEP_M), place
+            renderer = renderers[exposure.cameras]
             pictures = renderer.draw(near, exposure.boxes, exposure.tint, exposure.pose)
             drawn_s = time.perf_counter()
-            for camera, picture in zip(self.cameras, pictures, strict=True):
-                self._publish_picture(camera, picture, exposure.stamp_ns)
+            for camera, picture in zip(exposure.cameras, pictures, strict=True):
+                publish = partial(self._publish_picture, camera, picture, exposure.stamp_ns)
+                self._link.send(camera.name, publish)
             self._meter.add(
                 {
                     'draw_ms': (drawn_s - begin_s) * 1e3,
@@ -356,6 +389,7 @@ class TownNode(Node):
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2.0)
+        self._link.close()
 
 
 def _within(

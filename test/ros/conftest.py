@@ -33,6 +33,8 @@ with warnings.catch_warnings():
     import rosidl_generator_py  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
+# Processes that a test starts beside the nodes stand beside it, off pytest's path.
+sys.path.insert(0, str(Path(__file__).parent))
 LATCHED = QoSProfile(
     depth=1,
     reliability=ReliabilityPolicy.RELIABLE,

@@ -231,6 +231,14 @@ def test_an_empty_route(drive):
     drive.bus.wait(lambda: drive.bus.shows('guardian: input/route', 'route_empty'), drive.feed)
 
 
+def test_a_route_in_another_frame(drive):
+    route = drive.bus.route([(drive.x_m + x, 0.0) for x in (0.0, 60.0, 120.0)])
+    route.header.frame_id = 'map'
+    drive.bus.publish('input/route', route, LATCHED)
+    drive.until('DEGRADED', 'route_frame')
+    drive.bus.wait(lambda: drive.bus.shows('guardian: input/route', 'route_frame'), drive.feed)
+
+
 def test_a_route_behind_the_car(drive):
     behind = [(drive.x_m - 300.0 + x, 0.0) for x in (0.0, 15.0, 30.0)]
     drive.bus.publish('input/route', drive.bus.route(behind), LATCHED)

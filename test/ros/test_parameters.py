@@ -36,12 +36,13 @@ def test_the_parameter_file_holds_the_defaults(node):
         assert type(value) is type(expected[name])
 
 
-def test_the_carla_overlay_sets_parameters_that_exist():
-    content = yaml.safe_load((ROOT / 'config' / 'carla.param.yaml').read_text())
+@pytest.mark.parametrize(('name', 'simulated'), [('carla', True), ('jetson', None)])
+def test_an_overlay_sets_parameters_that_exist(name, simulated):
+    content = yaml.safe_load((ROOT / 'config' / f'{name}.param.yaml').read_text())
     for node, parts in content.items():
         kind = {entry.name: entry for entry in fields(SETTINGS[node.removeprefix('/**/')])}
         written = parts['ros__parameters']
-        assert written.pop('use_sim_time') is True
+        assert written.pop('use_sim_time', None) is simulated
         for name, value in written.items():
             assert type(value) is type(kind[name].default)
             assert value in (kind[name].metadata['choices'] or (value,))

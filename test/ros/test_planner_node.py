@@ -111,6 +111,31 @@ def test_odometry_that_is_no_number_is_reported(bus, drive):
     goes_on(bus, drive)
 
 
+def test_odometry_of_another_point_than_the_rear_axle_is_doubted(bus, drive):
+    def feed():
+        message = bus.odometry()
+        message.child_frame_id = 'imu_link'
+        bus.publish('input/odometry', message, 50)
+
+    # A test before this one may have left a refusal, which is shown for five seconds.
+    bus.wait(lambda: bus.shows('planner: input/odometry', "of 'imu_link', not of"), feed)
+    drive[2]()
+    bus.wait(lambda: not bus.shows('planner: input/odometry', 'imu_link'), drive[2])
+    goes_on(bus, drive)
+
+
+def test_the_model_its_engines_and_its_words_are_in_the_diagnostics(bus, drive):
+    goes_on(bus, drive)
+    line = 'spanvla/planner: plan'
+    bus.wait(lambda: line in bus.lines, drive[2])
+    values = {entry.key: entry.value for entry in bus.lines[line].values}
+    assert len(values['model_sha256']) == 64
+    assert values['backend'] == 'onnxruntime'
+    # Graphs run as they are: there is nothing built that could differ from them.
+    assert values['engines'] == ''
+    assert values['agreement'] == 'none yet' or 0.0 <= float(values['agreement']) <= 1.0
+
+
 @pytest.mark.parametrize(
     ('points', 'reason'),
     [([], 'empty'), ([(-100.0, 0.0), (-60.0, 0.0), (-30.0, 0.0)], 'route_behind')],
