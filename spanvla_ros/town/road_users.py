@@ -20,6 +20,7 @@ LEAVING_MPS = 6.0
 CLEAR_AFTER_LEAVING_M = 9.0
 # From the ego's base_link to its front bumper.
 FRONT_M = 4.05
+EGO_REAR_M = 1.2
 LANE_HALF_M = 1.6
 # A stop sign is obeyed by standing (or nearly) so near before its line.
 STOOD_MPS = 0.5
@@ -55,7 +56,8 @@ class Car:
     """A vehicle on the corridor at box centre `s_m`, offset `d_m`.
 
     An oncoming one keeps to `opposing_lane` instead, counted from the divider. Beyond
-    `straight_m` its way lies straight on where the corridor turns.
+    `straight_m` its way lies straight on where the corridor turns. Until `joins_m` it comes by
+    the path `joins_by`, into the ego's lane; it keeps its distance to the ego there.
 
     Cars of the ego's lane and direction with `reacts` follow the intelligent driver model and
     obey lights and pedestrians. `leaves_m`: from there it leaves by the arm of `leaves_by`.
@@ -80,6 +82,8 @@ class Car:
     merged: float = 0.0
     drift_rad: float = 0.0
     straight_m: float = math.inf
+    joins_m: float = -math.inf
+    joins_by: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def blinks(self) -> int:
@@ -90,8 +94,14 @@ class Car:
 
     @property
     def off_lane(self) -> bool:
-        """Whether it has left the ego's lane at a junction."""
-        return self.s_m > self.leaves_m + CLEAR_AFTER_LEAVING_M
+        """Whether it has left the ego's lane at a junction, or is not there yet."""
+        comes = self.s_m + self.size[0] / 2 < self.joins_m
+        return comes or self.s_m > self.leaves_m + CLEAR_AFTER_LEAVING_M
+
+    @property
+    def goes_first(self) -> bool:
+        """Whether the ego has to let it pass."""
+        return self.straight_m < math.inf or self.joins_m > -math.inf
 
     @property
     def ahead(self) -> bool:
@@ -214,6 +224,9 @@ def move_car(car: Car, street: Street, dt_s: float) -> None:
     if car.reacts and car.s_m < car.leaves_m + CLEAR_AFTER_LEAVING_M:
         for gap, speed in _obstacles(car, street):
             accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
+    if car.joins_by:
+        for gap, speed in _on_the_ring(car, street):
+            accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
     if not car.ahead:
         gap, speed = _oncoming_obstacle(car, street)
         accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
@@ -289,6 +302,20 @@ def _obstacles(car: Car, street: Street) -> list[tuple[float, float]]:
         gap = walker.s_m - 1.0 - front
         if on_road(walker, street) and gap > 0:
             found.append((gap, 0.0))
+    return found
+
+
+def _on_the_ring(car: Car, street: Street) -> list[tuple[float, float]]:
+    """Others that come by the ring or left it, and the ego once it is there."""
+    front = car.s_m + car.size[0] / 2
+    found = [
+        (other.s_m - other.size[0] / 2 - front, other.speed_mps)
+        for other in street.cars
+        if other.joins_by and other.s_m > car.s_m
+    ]
+    # The ego's bumper is on the ring before its base_link is.
+    if street.ego_s_m > max(car.joins_m - FRONT_M, car.s_m):
+        found.append((street.ego_s_m - EGO_REAR_M - front, street.ego_mps))
     return found
 
 
