@@ -318,8 +318,7 @@ class Roundabout(Family):
             place -= size[0] / 2
             if ring.joins_m - place > len(path) - 2:
                 break
-            trigger = place - size[0] / 2 - (crossing.in_m - meet_m) - FRONT_M
-            event = BrakeEvent(-math.inf, trigger, 3.0, 0.7, 0.0)
+            event = BrakeEvent(-math.inf, math.inf, 3.0, 0.7, 0.0, crossing.in_m - meet_m)
             draft.cars.append(
                 Car(f'car_on_ring_{number}', place, 0.0, 0.7, draft.within(r.ring_speed_mps), size,
                     draft.color(), events=(event,), reacts=True, joins_m=ring.joins_m,

@@ -31,7 +31,8 @@ STOOD_WITHIN_M = 4.0
 class BrakeEvent:
     """A script of a car: beyond `at_m`, the ego within `trigger_m` behind: slow, wait, go on.
 
-    With `at_m` minus infinity the car keeps to `to_mps` until the ego is near.
+    With `at_m` minus infinity the car keeps to `to_mps` until the ego is near, or has come to
+    `ego_at_m` where that is given.
     """
 
     at_m: float
@@ -39,6 +40,7 @@ class BrakeEvent:
     decel_mps2: float
     to_mps: float
     hold_s: float
+    ego_at_m: float | None = None
 
 
 @dataclass(frozen=True)
@@ -272,9 +274,12 @@ def _script(car: Car, street: Street) -> tuple[float, float]:
     event = car.events[0]
     gap = car.s_m - car.size[0] / 2 - street.ego_s_m - FRONT_M
     if car.event_since_s is None:
-        if gap > event.trigger_m and event.at_m == -math.inf:
+        waits = gap > event.trigger_m
+        if event.ego_at_m is not None:
+            waits = street.ego_s_m < event.ego_at_m
+        if waits and event.at_m == -math.inf:
             return event.to_mps, math.inf
-        if gap > event.trigger_m or car.s_m < event.at_m:
+        if waits or car.s_m < event.at_m:
             return car.desired_mps, math.inf
         car.event_since_s = street.time_s
     if car.speed_mps > event.to_mps + 0.05:
