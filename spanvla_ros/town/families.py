@@ -21,8 +21,10 @@ from spanvla_ros.town.surroundings import Obstruction, Shift
 from spanvla_ros.types import EgoState
 
 if TYPE_CHECKING:
-    from spanvla_ros.town.scenarios import Draft
+    from spanvla_ros.town.draft import Draft
 
+FIRST_FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
+MIX = 'mix'
 BEHIND_M = 40.0
 BEYOND_M = 90.0
 EGO_HALF_M = 1.15
@@ -335,6 +337,13 @@ NEW_FAMILIES: dict[str, Family] = {
     'lane_bias': LaneBias(),
     'unprotected_left': UnprotectedLeft(),
     'roundabout': Roundabout(),
+}
+
+HAZARDS = {
+    'lead_vehicle': 'lead',
+    'pedestrian': 'pedestrian',
+    'red_light': 'light',
+    **{name: family.hazard for name, family in NEW_FAMILIES.items() if family.hazard},
 }
 
 
