@@ -34,6 +34,7 @@ KINDS = (
     'parked car',
     'lane change',
     'oncoming car',
+    'traffic',
     'roundabout',
 )
 BEHAVIOURS = (
@@ -175,9 +176,9 @@ def _explains(component: Component, decision: Decision) -> bool:
         hazard = (component.kind, component.behaviour) != ('pedestrian', 'waiting')
         return hazard and component.kind != 'green light'
     if decision.lateral == 'turn left':
-        return component.kind == 'left turn' or component.behaviour == 'left'
+        return component.kind in ('left turn', 'roundabout') or component.behaviour == 'left'
     if decision.lateral == 'turn right':
-        return component.kind == 'right turn' or component.behaviour == 'right'
+        return component.kind in ('right turn', 'roundabout') or component.behaviour == 'right'
     if decision.lateral.startswith('change'):
         return component.kind in ('lane change', 'construction zone', 'parked car')
     if decision.longitudinal == 'accelerate':

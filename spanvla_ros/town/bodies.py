@@ -19,6 +19,7 @@ from spanvla_ros.town.roads import (
     CrossSection,
     Junction,
 )
+from spanvla_ros.town.roundabouts import IN_M
 
 WINDOW: Color = (45, 50, 60)
 LAMP_DARK: Color = (90, 20, 20)
@@ -67,7 +68,13 @@ def paint_ground(corridor: Corridor, paint: Paint) -> tuple[GroundPolygon, ...]:
             marks += _line(corridor, cuts, edge, paint.line)
         marks += _lane_lines(corridor, cuts, section, paint)
     for junction in corridor.junctions:
-        roads.append(GroundPolygon(junction.area, paint.road, elements.ROAD))
+        roads += [GroundPolygon(area, paint.road, elements.ROAD) for area in junction.areas]
+        if junction.ring is not None:
+            edge = junction.ring.radius_m - IN_M
+            marks += [
+                GroundPolygon(area, paint.line, elements.MARKING)
+                for area in junction.ring.sectors(edge + 0.2, edge + 0.4)
+            ]
         for arm in junction.arms:
             low, high = arm.edges_m
             verges.append(

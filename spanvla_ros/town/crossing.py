@@ -1,4 +1,4 @@
-"""Giving way: where the line to drive crosses the lane of those who come straight on.
+"""Giving way: where the line to drive crosses, or joins, the lane of those who go first.
 
 Times are estimates as a driver makes them: the others keep their wished speed, the ego starts
 gently and turns slowly.
@@ -21,6 +21,7 @@ TURN_MPS = 5.0
 START_MPS2 = 1.3
 AFTER_S = 1.0
 BEFORE_S = 0.5
+JOIN_OUT_M = 2.2
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Crossing:
     """The ego's bumper enters the other lane at base_link place `in_m` and leaves it at `out_m`.
 
     `low_m` and `high_m`: the part of the other lane that it covers, in metres beyond `start_m`
-    straight on.
+    straight on; for a ring they are nothing, one who comes by it is there where it joins.
     """
 
     start_m: float
@@ -44,15 +45,19 @@ class Crossing:
         enters_s = _time_s(self.in_m - ego_s_m, ego_mps)
         leaves_s = _time_s(self.out_m - ego_s_m, ego_mps)
         for car in cars:
-            if car.straight_m == math.inf:
+            if not car.goes_first:
                 continue
-            speed = max(car.speed_mps, car.desired_mps, 1.0)
-            front, rear = (car.s_m + side * car.size[0] / 2 - self.start_m for side in (-1.0, 1.0))
-            if rear < self.low_m:
+            half = car.size[0] / 2
+            if car.ahead:
+                arrives_m, clears_m = car.joins_m - car.s_m - half, car.joins_m - car.s_m + half
+            else:
+                place = car.s_m - self.start_m
+                arrives_m, clears_m = place - half - self.high_m, place + half - self.low_m
+            if clears_m < 0.0:
                 continue
-            arrives_s = (front - self.high_m) / speed
+            arrives_s = arrives_m / max(car.speed_mps, car.desired_mps, 1.0)
             # As slow as it is now it may take longer to get out of the way.
-            clears_s = (rear - self.low_m) / max(car.speed_mps, 2.0)
+            clears_s = clears_m / max(car.speed_mps, 2.0)
             if arrives_s < leaves_s + AFTER_S and enters_s < clears_s + BEFORE_S:
                 return True
         return False
@@ -78,6 +83,16 @@ def crossing_of(corridor: Corridor, junction: int, lane: int = 0) -> Crossing:
         float(covered.min()) - 1.6,
         float(covered.max()) + 1.6,
     )
+
+
+def joining_of(corridor: Corridor, junction: int) -> Crossing:
+    """Where the corridor comes onto the ring of a roundabout."""
+    at = corridor.junctions[junction]
+    assert at.ring is not None
+    first = int(at.start_m / SPACING_M)
+    gap = np.hypot(corridor.x_m[first:] - at.ring.x_m, corridor.y_m[first:] - at.ring.y_m)
+    enters = float(corridor.s_m[first + np.argmax(gap < at.ring.radius_m + JOIN_OUT_M)])
+    return Crossing(at.start_m, enters - FRONT_M, at.ring.joins_m, 0.0, 0.0)
 
 
 def _time_s(way_m: float, speed_mps: float) -> float:

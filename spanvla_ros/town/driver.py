@@ -173,13 +173,19 @@ def _oncoming(world: World) -> tuple[list[Obstacle], list[Component]]:
         return [], []
     obstacle = Obstacle(gap + 2.5 - STOP_BEFORE_LINE_M)
     to_turn = crossing.start_m - world.ego_s_m - FRONT_M
-    return [obstacle], [Component('oncoming car', max(to_turn, 0.0), 'crossing')]
+    on_ring = any(junction.ring is not None for junction in world.corridor.junctions)
+    name = 'traffic' if on_ring else 'oncoming car'
+    return [obstacle], [Component(name, max(to_turn, 0.0), 'crossing')]
 
 
 def _bends(world: World, front: float) -> list[Component]:
     components = []
     for junction in world.corridor.junctions:
         gap = junction.start_m - front
+        if junction.ring is not None:
+            if gap < TURN_SIGHT_M and world.ego_s_m < junction.end_m:
+                components.append(Component('roundabout', max(gap, 0.0), 'ahead'))
+            continue
         if junction.turn == 'straight' or gap > TURN_SIGHT_M or world.ego_s_m > junction.end_m:
             continue
         side = junction.turn

@@ -10,8 +10,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from spanvla_ros.town import bodies
-from spanvla_ros.town.crossing import crossing_of
+from spanvla_ros.town.crossing import crossing_of, joining_of
 from spanvla_ros.town.elements import Box
 from spanvla_ros.town.road_users import FRONT_M, BrakeEvent, Car, Merge, Signal
 from spanvla_ros.town.roads import LANE_WIDTH_M, CrossSection, JunctionPlan, StretchPlan
@@ -19,8 +21,10 @@ from spanvla_ros.town.surroundings import Obstruction, Shift
 from spanvla_ros.types import EgoState
 
 if TYPE_CHECKING:
-    from spanvla_ros.town.scenarios import Draft
+    from spanvla_ros.town.draft import Draft
 
+FIRST_FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
+MIX = 'mix'
 BEHIND_M = 40.0
 BEYOND_M = 90.0
 EGO_HALF_M = 1.15
@@ -276,6 +280,55 @@ class UnprotectedLeft(Family):
             place += size[0] / 2 + draft.within(r.oncoming_gap_m)
 
 
+class Roundabout(Family):
+    """Onto the ring of a roundabout behind those who come round it, and off by an exit."""
+
+    hazard = 'traffic'
+
+    def pieces(self, draft: Draft) -> Pieces:
+        """A road to the ring and on, right by the first exit or straight on by the second."""
+        r = draft.ranges
+        drive_m = float(round(draft.within(r.drive_m)))
+        at_m = BEHIND_M + round(draft.within(r.junction_at_m))
+        turn = 'right' if draft.chance(0.4) else 'straight'
+        section = CrossSection(0, 0, 1)
+        first = StretchPlan(at_m, section, draft.draw_bends(at_m, 35.0))
+        plan = replace(
+            draft.draw_junction(turn, signal=False),
+            radius_m=draft.within(r.ring_way_on_m),
+            ring_m=draft.within(r.ring_radius_m),
+        )
+        rest_m = max(BEHIND_M + drive_m + BEYOND_M - at_m - 40.0, 140.0)
+        return [first, plan, StretchPlan(rest_m, section, draft.draw_bends(rest_m, 15.0))], drive_m
+
+    def prepare(self, draft: Draft) -> None:
+        """Where to give way."""
+        draft.quiet = True
+        draft.crossing = joining_of(draft.corridor, 0)
+
+    def populate(self, draft: Draft, ego: EgoState) -> None:
+        """Cars on the ring that reach the ego's way onto it with the ego, and go its way."""
+        r, crossing, ring = draft.ranges, draft.crossing, draft.corridor.junctions[0].ring
+        assert crossing is not None
+        assert ring is not None
+        point = draft.corridor.place(ring.joins_m, 0.0)
+        path = ring.path_to(np.array(point[:2]))
+        meet_m, place = draft.within(r.ring_meet_m), ring.joins_m
+        place -= 10.0 + draft.within((0.0, 10.0))
+        for number in range(1 + int(draft.rng.integers(2))):
+            size = draft.size()
+            place -= size[0] / 2
+            if ring.joins_m - place > len(path) - 2:
+                break
+            event = BrakeEvent(-math.inf, math.inf, 3.0, 0.7, 0.0, crossing.in_m - meet_m)
+            draft.cars.append(
+                Car(f'car_on_ring_{number}', place, 0.0, 0.7, draft.within(r.ring_speed_mps), size,
+                    draft.color(), events=(event,), reacts=True, joins_m=ring.joins_m,
+                    joins_by=path)
+            )  # fmt: skip
+            place -= size[0] / 2 + draft.within((5.0, 10.0))
+
+
 NEW_FAMILIES: dict[str, Family] = {
     'cut_in': CutIn(),
     'stop_sign': StopSign(),
@@ -283,6 +336,14 @@ NEW_FAMILIES: dict[str, Family] = {
     'lane_change': LaneChange(),
     'lane_bias': LaneBias(),
     'unprotected_left': UnprotectedLeft(),
+    'roundabout': Roundabout(),
+}
+
+HAZARDS = {
+    'lead_vehicle': 'lead',
+    'pedestrian': 'pedestrian',
+    'red_light': 'light',
+    **{name: family.hazard for name, family in NEW_FAMILIES.items() if family.hazard},
 }
 
 

@@ -43,7 +43,7 @@ def build_map(corridor: Corridor, speed_limit_mps: float) -> SceneMap:
         blocks.extend(_connectors(corridor, index, junction, speed_limit_mps))
         for number, arm in enumerate(junction.arms):
             blocks.extend(_arm_blocks(f'a{index}_{number}', arm, speed_limit_mps))
-    return SceneMap(tuple(blocks), tuple(j.area for j in corridor.junctions))
+    return SceneMap(tuple(blocks), tuple(a for j in corridor.junctions for a in j.areas))
 
 
 def route_ids(corridor: Corridor) -> tuple[str, ...]:

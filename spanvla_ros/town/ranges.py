@@ -73,6 +73,10 @@ class Ranges:
     oncoming_speed_mps: Span = (6.0, 9.0)
     oncoming_meet_m: Span = (12.0, 24.0)
     oncoming_gap_m: Span = (6.0, 14.0)
+    ring_radius_m: Span = (12.0, 16.0)
+    ring_way_on_m: Span = (9.0, 12.0)
+    ring_meet_m: Span = (8.0, 18.0)
+    ring_speed_mps: Span = (4.0, 6.0)
     lateral_offset_sd_m: float = 0.4
     heading_sd_rad: float = 0.03
     snapshot_speed_mps: Span = (0.0, 14.0)

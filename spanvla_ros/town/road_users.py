@@ -20,6 +20,7 @@ LEAVING_MPS = 6.0
 CLEAR_AFTER_LEAVING_M = 9.0
 # From the ego's base_link to its front bumper.
 FRONT_M = 4.05
+EGO_REAR_M = 1.2
 LANE_HALF_M = 1.6
 # A stop sign is obeyed by standing (or nearly) so near before its line.
 STOOD_MPS = 0.5
@@ -30,7 +31,8 @@ STOOD_WITHIN_M = 4.0
 class BrakeEvent:
     """A script of a car: beyond `at_m`, the ego within `trigger_m` behind: slow, wait, go on.
 
-    With `at_m` minus infinity the car keeps to `to_mps` until the ego is near.
+    With `at_m` minus infinity the car keeps to `to_mps` until the ego is near, or has come to
+    `ego_at_m` where that is given.
     """
 
     at_m: float
@@ -38,6 +40,7 @@ class BrakeEvent:
     decel_mps2: float
     to_mps: float
     hold_s: float
+    ego_at_m: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Car:
     """A vehicle on the corridor at box centre `s_m`, offset `d_m`.
 
     An oncoming one keeps to `opposing_lane` instead, counted from the divider. Beyond
-    `straight_m` its way lies straight on where the corridor turns.
+    `straight_m` its way lies straight on where the corridor turns. Until `joins_m` it comes by
+    the path `joins_by`, into the ego's lane; it keeps its distance to the ego there.
 
     Cars of the ego's lane and direction with `reacts` follow the intelligent driver model and
     obey lights and pedestrians. `leaves_m`: from there it leaves by the arm of `leaves_by`.
@@ -80,6 +84,8 @@ class Car:
     merged: float = 0.0
     drift_rad: float = 0.0
     straight_m: float = math.inf
+    joins_m: float = -math.inf
+    joins_by: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def blinks(self) -> int:
@@ -90,8 +96,14 @@ class Car:
 
     @property
     def off_lane(self) -> bool:
-        """Whether it has left the ego's lane at a junction."""
-        return self.s_m > self.leaves_m + CLEAR_AFTER_LEAVING_M
+        """Whether it has left the ego's lane at a junction, or is not there yet."""
+        comes = self.s_m + self.size[0] / 2 < self.joins_m
+        return comes or self.s_m > self.leaves_m + CLEAR_AFTER_LEAVING_M
+
+    @property
+    def goes_first(self) -> bool:
+        """Whether the ego has to let it pass."""
+        return self.straight_m < math.inf or self.joins_m > -math.inf
 
     @property
     def ahead(self) -> bool:
@@ -214,6 +226,9 @@ def move_car(car: Car, street: Street, dt_s: float) -> None:
     if car.reacts and car.s_m < car.leaves_m + CLEAR_AFTER_LEAVING_M:
         for gap, speed in _obstacles(car, street):
             accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
+    if car.joins_by:
+        for gap, speed in _on_the_ring(car, street):
+            accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
     if not car.ahead:
         gap, speed = _oncoming_obstacle(car, street)
         accel = min(accel, idm(car.speed_mps, max(desired, 1.0), gap, car.speed_mps - speed))
@@ -259,9 +274,12 @@ def _script(car: Car, street: Street) -> tuple[float, float]:
     event = car.events[0]
     gap = car.s_m - car.size[0] / 2 - street.ego_s_m - FRONT_M
     if car.event_since_s is None:
-        if gap > event.trigger_m and event.at_m == -math.inf:
+        waits = gap > event.trigger_m
+        if event.ego_at_m is not None:
+            waits = street.ego_s_m < event.ego_at_m
+        if waits and event.at_m == -math.inf:
             return event.to_mps, math.inf
-        if gap > event.trigger_m or car.s_m < event.at_m:
+        if waits or car.s_m < event.at_m:
             return car.desired_mps, math.inf
         car.event_since_s = street.time_s
     if car.speed_mps > event.to_mps + 0.05:
@@ -289,6 +307,20 @@ def _obstacles(car: Car, street: Street) -> list[tuple[float, float]]:
         gap = walker.s_m - 1.0 - front
         if on_road(walker, street) and gap > 0:
             found.append((gap, 0.0))
+    return found
+
+
+def _on_the_ring(car: Car, street: Street) -> list[tuple[float, float]]:
+    """Others that come by the ring or left it, and the ego once it is there."""
+    front = car.s_m + car.size[0] / 2
+    found = [
+        (other.s_m - other.size[0] / 2 - front, other.speed_mps)
+        for other in street.cars
+        if other.joins_by and other.s_m > car.s_m
+    ]
+    # The ego's bumper is on the ring before its base_link is.
+    if street.ego_s_m > max(car.joins_m - FRONT_M, car.s_m):
+        found.append((street.ego_s_m - EGO_REAR_M - front, street.ego_mps))
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from spanvla_ros.geometry import world_from_local
+from spanvla_ros.town.roundabouts import IN_M, OUT_M, Ring, ring_curvature
 
 SPACING_M = 0.5
 LANE_WIDTH_M = 3.5
@@ -79,7 +80,8 @@ class JunctionPlan:
     """A junction still to be laid out; `cross_lanes` per direction where the ego goes straight.
 
     The arms: where the ego turns, one straight on and one opposite its exit; where it goes
-    straight, one to the left (`straight_arm`) and one to the right (`side_arm`).
+    straight, one to the left (`straight_arm`) and one to the right (`side_arm`). With `ring_m`
+    it is a roundabout of that radius, one lane wide, `radius_m` the way onto it.
     """
 
     turn: str = 'straight'
@@ -89,6 +91,7 @@ class JunctionPlan:
     arm_m: float = 50.0
     straight_arm: bool = True
     side_arm: bool = True
+    ring_m: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,13 @@ class Junction:
     signal: bool
     area: Float64[np.ndarray, '4 2']
     arms: tuple[Arm, ...]
+    ring: Ring | None = None
+    parts: tuple[Float64[np.ndarray, '4 2'], ...] = ()
+
+    @property
+    def areas(self) -> tuple[Float64[np.ndarray, '4 2'], ...]:
+        """What may be driven on, in convex pieces; a roundabout's island is none of it."""
+        return self.parts or (self.area,)
 
     @property
     def stop_m(self) -> float:
@@ -247,7 +257,7 @@ class Corridor:
         """Convex drivable areas besides the stretches: junctions and arms."""
         found = []
         for junction in self.junctions:
-            found.append(junction.area)
+            found.extend(junction.areas)
             found.extend(arm.area() for arm in junction.arms)
         return tuple(found)
 
@@ -310,6 +320,9 @@ def _junction_curvature(
     plan: JunctionPlan, before: CrossSection, after: CrossSection
 ) -> tuple[np.ndarray, float]:
     """Curvature through a junction and how far ahead of its entry the exit line lies."""
+    if plan.ring_m:
+        middle_m = before.divider_m
+        return ring_curvature(plan.turn, plan.ring_m, plan.radius_m, middle_m, SPACING_M)[0], 0.0
     if plan.turn == 'straight':
         width_m = 2 * (plan.cross_lanes * LANE_WIDTH_M + SHOULDER_M) + 2.0
         return np.zeros(math.ceil(width_m / SPACING_M)), 0.0
@@ -361,6 +374,8 @@ def _junction(
     after: CrossSection,
     reach_m: float,
 ) -> Junction:
+    if plan.ring_m:
+        return _roundabout(corridor, start_m, end_m, plan, before)
     entry = corridor.place(start_m, 0.0)
     arms: list[tuple[float, float, float, int, int]] = []
     if plan.turn == 'straight':
@@ -391,6 +406,44 @@ def _junction(
         arm = Arm((pose[0], pose[1], entry[2] + yaw), lanes_out, lanes_in, plan.arm_m)
         built.append(_shorten(corridor, arm, start_m, end_m))
     return Junction(start_m, end_m, plan.turn, plan.signal, area, tuple(built))
+
+
+def _roundabout(
+    corridor: Corridor, start_m: float, end_m: float, plan: JunctionPlan, section: CrossSection
+) -> Junction:
+    _, joins_m, middle_m = ring_curvature(
+        plan.turn, plan.ring_m, plan.radius_m, section.divider_m, SPACING_M
+    )
+    x, y, yaw = corridor.place(start_m + middle_m, 0.0)
+    left = (x - plan.ring_m * math.sin(yaw), y + plan.ring_m * math.cos(yaw))
+    ring = Ring(*left, plan.ring_m, start_m + joins_m + 2.0)
+    entry, leave = corridor.place(start_m, 0.0), corridor.place(end_m, 0.0)
+    parts = ring.sectors(plan.ring_m - IN_M, plan.ring_m + OUT_M)
+    edges = (section.right_m, section.left_m)
+    for pose, ahead in ((entry, 1.0), (leave, -1.0)):
+        reach = ahead * (float(np.hypot(pose[0] - left[0], pose[1] - left[1])) - plan.ring_m)
+        corners = [[-0.2 * ahead, edges[0]], [reach, edges[0]], [reach, edges[1]],
+                   [-0.2 * ahead, edges[1]]]  # fmt: skip
+        parts.append(world_from_local(pose, corners))
+    for s in np.arange(start_m, end_m, 2.0).tolist():
+        parts.append(corridor.band(s, min(s + 2.2, end_m), -IN_M - 0.4, IN_M, 3.0))
+    arms = []
+    towards = entry[2]
+    for turn, wanted in ((math.pi / 2, plan.straight_arm), (0.0, True), (-math.pi / 2, True)):
+        taken = (plan.turn, turn) in (('straight', 0.0), ('right', -math.pi / 2))
+        if wanted and not taken:
+            reach = plan.ring_m + OUT_M - 0.5
+            pose = world_from_local((*left, towards), [reach * math.cos(turn),
+                                                       reach * math.sin(turn), turn])  # fmt: skip
+            arm = Arm((pose[0], pose[1], towards + turn), 1, 1, plan.arm_m)
+            arms.append(_shorten(corridor, arm, start_m, end_m))
+    half = plan.ring_m + OUT_M
+    square = [[-half, -half], [half, -half], [half, half], [-half, half]]
+    area = world_from_local((*left, towards), square)
+    return Junction(
+        start_m, end_m, plan.turn, signal=False, area=area, arms=tuple(arms), ring=ring,
+        parts=tuple(parts),
+    )  # fmt: skip
 
 
 def _depth_m(corridor: Corridor, start_m: float, end_m: float) -> float:

@@ -72,7 +72,8 @@ def is_free(
         if section.right_m - 1.0 < d < section.left_m + 1.0:
             return False
     for junction in corridor.junctions:
-        if np.hypot(*(junction.area.mean(axis=0) - pose[:2])) < 14.0 + half_x:
+        reach = 14.0 if junction.ring is None else junction.ring.radius_m + 8.0
+        if np.hypot(*(junction.area.mean(axis=0) - pose[:2])) < reach + half_x:
             return False
         for arm in junction.arms:
             local = local_from_world(arm.pose, spots)

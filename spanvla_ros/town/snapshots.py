@@ -353,7 +353,7 @@ def _shows(world: World, kind: str) -> bool:
     read = facts(world)
     if kind in ('lead', 'merge'):
         return bool(read[0])
-    if kind == 'oncoming':
+    if kind in ('oncoming', 'traffic'):
         return world.must_yield()
     if kind == 'obstruction':
         near = (o.s_m - world.ego_s_m - FRONT_M for o in world.around.obstructions)

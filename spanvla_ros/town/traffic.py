@@ -202,8 +202,8 @@ class World:
     def without_hazard(self, kind: str = '') -> World:
         """The same world without its hazard.
 
-        `lead`, `pedestrian`, `sign`, `oncoming` and `obstruction` vanish, `light` is green,
-        `merge` keeps to its own lane.
+        `lead`, `pedestrian`, `sign`, `oncoming`, `traffic` and `obstruction` vanish, `light` is
+        green, `merge` keeps to its own lane.
         """
         twin = self.clone()
         kind = kind or self.hazard
@@ -216,8 +216,8 @@ class World:
                 light.red = False
         elif kind == 'sign':
             twin.signals = [light for light in twin.signals if not light.sign]
-        elif kind == 'oncoming':
-            twin.cars = [c for c in twin.cars if c.straight_m == math.inf]
+        elif kind in ('oncoming', 'traffic'):
+            twin.cars = [c for c in twin.cars if not c.goes_first]
         elif kind == 'merge':
             for car in twin.cars:
                 stay_in_lane(car)
@@ -278,6 +278,8 @@ class World:
 
     def car_pose(self, car: Car) -> tuple[float, float, float]:
         """A car's centre pose, unmirrored."""
+        if car.s_m < car.joins_m:
+            return along_path(car.joins_by, len(car.joins_by) - 1 - (car.joins_m - car.s_m))
         past = car.s_m - car.leaves_m
         if past > 0 and car.leaves_by:
             return along_path(car.leaves_by, past)

@@ -23,7 +23,7 @@ from spanvla_ros.types import Observation
 # What only a picture tells; turns stand in the route, too.
 SEEN_KINDS = (
     'lead vehicle', 'pedestrian', 'red light', 'green light', 'stop sign', 'construction zone',
-    'parked car', 'oncoming car',
+    'parked car', 'oncoming car', 'traffic', 'roundabout',
 )  # fmt: skip
 _NAMED = re.compile(rf'\b({"|".join(KINDS)}) \d')
 

@@ -38,7 +38,7 @@ def digest(snapshots: list[Snapshot]) -> str:
         ('pedestrian', '9e83fce0ca6d480a'),
         ('red_light', 'ec2d0da13b5b47fb'),
         ('turns', 'd4d262e74fca856c'),
-        (MIX, '0890690e2f5ed9bd'),
+        pytest.param(MIX, '0890690e2f5ed9bd', marks=pytest.mark.slow),
     ],
 )
 def test_the_first_families_draw_what_they_always_drew(family: str, expected: str) -> None:

@@ -10,6 +10,7 @@ from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.elements import BRAKE, PEDESTRIAN, RED
 from spanvla_ros.town.scenarios import FAMILIES, Ranges
 from spanvla_ros.town.snapshots import (
+    NEW_PAIR_KINDS,
     PAIR_KINDS,
     facts,
     hazard_pairs,
@@ -66,10 +67,10 @@ def test_a_standing_car_has_a_standing_past_or_has_just_stopped() -> None:
                 assert (np.diff(snapshot.history[:, 0]) > -0.2).all()
 
 
-@pytest.mark.parametrize('kind', PAIR_KINDS)
+@pytest.mark.parametrize('kind', [*PAIR_KINDS, *NEW_PAIR_KINDS])
 def test_pairs_differ_in_the_hazard_alone(kind: str) -> None:
     renderer = Renderer(TOWN_CAMERAS)
-    shown = {'lead': None, 'light': RED, 'pedestrian': PEDESTRIAN}[kind]
+    shown = {'light': RED, 'sign': RED, 'pedestrian': PEDESTRIAN}.get(kind)
     pairs = hazard_pairs(kind, 4, 1_000_000)
     assert len(pairs) == 4
     for pair in pairs:
@@ -85,9 +86,10 @@ def test_pairs_differ_in_the_hazard_alone(kind: str) -> None:
         if shown is not None:
             assert (views[0] == shown).sum() > (views[1] == shown).sum()
         assert (views[0] != views[1]).mean() < 0.25
-        index = {'lead': 0, 'light': 3, 'pedestrian': 6}[kind]
-        assert facts(one.world)[index] == 1.0
-        assert facts(other.world)[index] == 0.0
+        index = {'lead': 0, 'merge': 0, 'light': 3, 'sign': 3, 'pedestrian': 6}.get(kind)
+        if index is not None:
+            assert facts(one.world)[index] == 1.0
+            assert facts(other.world)[index] == 0.0
 
 
 def test_facts_agree_with_the_picture() -> None:

@@ -65,6 +65,7 @@ SHARES = {
     'lane_change': 0.15,
     'lane_bias': 0.12,
     'unprotected_left': 0.15,
+    'roundabout': 0.15,
 }
 # Of the drives for training; held-out drives all keep right, and stay in their lanes. No junction
 # is mirrored: coming out of a turn nothing but the side of the traffic tells which lane is ours.
@@ -92,6 +93,7 @@ ROLLOUT_SHARES = {
     'lane_change': 0.2,
     'lane_bias': 0.15,
     'unprotected_left': 0.25,
+    'roundabout': 0.25,
 }
 ROWS_PER_SHARD = 400
 MOMENTS_PER_DRIVE = 8
