@@ -13,11 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spanvla_ros.model.backbone import MASKED, Backbone, attend, rotate
+from spanvla_ros.model.backbone import (
+    MASKED,
+    Backbone,
+    attend,
+    join_heads,
+    rms_norm,
+    rotate,
+    split_heads,
+)
 
 TIME_FEATURES = 128
 EGO_FEATURES = 20
 AXES = 3
+EPSILON = 1e-6
 
 
 class ExpertBlock(nn.Module):
@@ -30,6 +39,8 @@ class ExpertBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
+        identity = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).repeat_interleave(width)
+        self.register_buffer('identity', identity, persistent=False)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_size)
         self.out = nn.Linear(heads * head_size, width)
         self.gate_up = nn.Linear(width, 6 * width)
@@ -46,20 +57,20 @@ class ExpertBlock(nn.Module):
         sin: Tensor,
     ) -> Tensor:
         """Pass `h [B, D, T, width]` on; `condition [B, D, width]`, K/V `[B, kv, S, hd]`."""
-        batch, draws, points, width = h.shape
-        parts = self.modulation(condition).view(batch, draws, 6, 1, width).unbind(2)
-        y = functional.rms_norm(h, (width,), eps=1e-6) * (1 + parts[0]) + parts[1]
-        qkv = self.qkv(y).view(batch, draws * points, -1, self.head_size)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        batch, draws, points, _ = h.shape
+        parts = (self.modulation(condition) + self.identity)[:, :, None].chunk(6, -1)
+        y = rms_norm(h, None, EPSILON) * parts[0] + parts[1]
+        qkv = split_heads(self.qkv(y).view(batch, draws * points, -1), self.head_size)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         # All draws are queries of one attention call: the prefix is read, never copied.
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k = torch.cat([keys.transpose(1, 2).to(k.dtype), k], 1)
-        v = torch.cat([values.transpose(1, 2).to(v.dtype), v], 1)
-        seen = attend(q, k, v, bias).reshape(batch, draws, points, -1)
-        h = h + (1 + parts[2]) * self.out(seen)
-        y = functional.rms_norm(h, (width,), eps=1e-6) * (1 + parts[3]) + parts[4]
+        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], 1)
+        k = torch.cat([keys.to(k.dtype), k], 2)
+        v = torch.cat([values.to(v.dtype), v], 2)
+        seen = join_heads(attend(q, k, v, bias)).view(batch, draws, points, -1)
+        h = h + parts[2] * self.out(seen)
+        y = rms_norm(h, None, EPSILON) * parts[3] + parts[4]
         gate, up = self.gate_up(y).chunk(2, -1)
-        return h + (1 + parts[5]) * self.down(functional.silu(gate) * up)
+        return h + parts[5] * self.down(functional.silu(gate) * up)
 
 
 class ActionExpert(nn.Module):
@@ -108,11 +119,11 @@ class ActionExpert(nn.Module):
         condition = self.time_in(time) + self.ego_in(ego)[:, None]
         h = self.point_in(x) + self.point + condition[:, :, None]
         bias = self._bias(valid, draws)
-        cos, sin = self.cos.repeat(draws, 1)[:, None], self.sin.repeat(draws, 1)[:, None]
+        cos, sin = self.cos.repeat(draws, 1), self.sin.repeat(draws, 1)
         condition = functional.silu(condition)
         for index, block in enumerate(self.blocks):
             h = block(h, condition, keys[index], values[index], bias, cos, sin)
-        return self.velocity(functional.rms_norm(h, (h.shape[-1],), eps=1e-6))
+        return self.velocity(rms_norm(h, None, EPSILON))
 
     def _bias(self, valid: Tensor, draws: int) -> Tensor:
         points = self.waypoints

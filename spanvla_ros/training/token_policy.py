@@ -230,15 +230,15 @@ def extend(
     assert isinstance(cos, Tensor)
     assert isinstance(sin, Tensor)
     assert isinstance(causal, Tensor)
-    cos, sin = (table[slots : slots + length][:, None] for table in (cos, sin))
+    cos, sin = (table[slots : slots + length] for table in (cos, sin))
     open_slots = torch.cat([valid, there], 1)
     bias = ((1.0 - open_slots) * MASKED)[:, None, None, :].expand(-1, 1, length, -1)
     bias = bias + functional.pad(causal[:length, :length], (slots, 0))
     for index, layer in enumerate(text.layers):
         y = functional.rms_norm(x, (x.shape[-1],), layer.input_layernorm.weight, backbone.epsilon)
         k, v = backbone._keys_values(layer.self_attn, y, cos, sin)
-        k = torch.cat([keys[index].transpose(1, 2), k], 1)
-        v = torch.cat([values[index].transpose(1, 2), v], 1)
+        k = torch.cat([keys[index], k], 2)
+        v = torch.cat([values[index], v], 2)
         x = backbone._decode_layer(layer, x, y, k, v, bias, cos, sin)
     return functional.rms_norm(x, (x.shape[-1],), text.norm.weight, backbone.epsilon)
 

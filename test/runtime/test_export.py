@@ -121,3 +121,20 @@ def test_an_untrained_model_is_not_exported(tmp_path):
     with pytest.raises(SpanvlaError, match='train it first'):
         export.export_model(tmp_path / 'model', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_onnx_runtime_joins_every_norm_and_gate_of_a_graph(policy, tmp_path):
+    import onnxruntime
+
+    module = export.graph_modules(policy)['step']
+    model = export.trace(module, 'step', export.example_inputs(policy)['step'])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / 'optimised.onnx')
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    joined = export.operators(onnx.load(tmp_path / 'optimised.onnx'))
+    blocks = len(policy.expert.blocks)
+    assert joined['SimplifiedLayerNormalization'] == 2 * blocks + 1
+    assert joined['QuickGelu'] == blocks + 2
+    assert joined['Sqrt'] == joined['Pow'] == joined['Sigmoid'] == 0

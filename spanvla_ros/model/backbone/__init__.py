@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from spanvla_ros.model.backbone.attention import MASKED, attend, rotate
+from spanvla_ros.model.backbone.attention import (
+    MASKED,
+    attend,
+    join_heads,
+    rms_norm,
+    rotate,
+    split_heads,
+)
 from spanvla_ros.model.backbone.decoder import Backbone, Prefix
 from spanvla_ros.model.backbone.internvl import InternVLBackbone
 from spanvla_ros.model.backbone.qwen2_5_vl import Qwen25Backbone
@@ -27,9 +34,12 @@ __all__ = [
     'Prefix',
     'attend',
     'draw_weights',
+    'join_heads',
     'open_backbone',
     'qwen_network',
+    'rms_norm',
     'rotate',
+    'split_heads',
     'tiny_network',
 ]
 

@@ -19,7 +19,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spanvla_ros.model.backbone.attention import MASKED, attend, feed_forward, rms_norm, rotate
+from spanvla_ros.model.backbone.attention import (
+    MASKED,
+    attend,
+    feed_forward,
+    join_heads,
+    rms_norm,
+    rotary_tables,
+    rotate,
+    split_heads,
+)
 from spanvla_ros.model.config import ModelConfig, bridged_layers
 from spanvla_ros.types import SpanvlaError
 
@@ -148,9 +157,9 @@ class Backbone(nn.Module, ABC):
             )
         length = config.prompt_tokens + extra
         cos, sin = self.text.rotary_emb(torch.zeros(1), self._rotary_positions(images, length))
-        half = self.head_size // 2
-        self._buffer('cos', cos[0, :, :half].float())
-        self._buffer('sin', sin[0, :, :half].float())
+        cos, sin = rotary_tables(cos[0], sin[0])
+        self._buffer('cos', cos)
+        self._buffer('sin', sin)
         causal = torch.full((length, length), MASKED).triu(1)
         self._buffer('causal', causal)
         self.spans = _spans(images, config.prompt_tokens)
@@ -218,15 +227,14 @@ class Backbone(nn.Module, ABC):
             cos, sin = self.cos[positions], self.sin[positions]
             causal = self.causal[positions][:, positions]
         bias = causal + ((1.0 - valid.to(causal.dtype)) * MASKED)[:, None, None, :]
-        cos, sin = cos[:, None], sin[:, None]
         kept = range(self.layers) if layers is None else layers
         keys, values = [], []
         for index, layer in enumerate(self.text.layers):
             y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
             k, v = self._keys_values(layer.self_attn, y, cos, sin)
             if index in kept:
-                keys.append(k.transpose(1, 2))
-                values.append(v.transpose(1, 2))
+                keys.append(k)
+                values.append(v)
             if layers is not None and index == layers[-1]:
                 return Prefix(torch.stack(keys), torch.stack(values))
             x = self._decode_layer(layer, x, y, k, v, bias, cos, sin)
@@ -244,8 +252,8 @@ class Backbone(nn.Module, ABC):
         once, each with its position, attend to the cache and to one another: parallel decoding.
         """
         x = self.text.embed_tokens(token)
-        cos = self.cos.index_select(0, position)[:, None]
-        sin = self.sin.index_select(0, position)[:, None]
+        cos = self.cos.index_select(0, position)
+        sin = self.sin.index_select(0, position)
         cached = ((1.0 - valid) * MASKED)[:, None, None, :]
         own = torch.zeros_like(cached[..., : token.shape[1]])
         bias = torch.cat([cached, own], -1)
@@ -253,10 +261,10 @@ class Backbone(nn.Module, ABC):
         for index, layer in enumerate(self.text.layers):
             y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
             k, v = self._keys_values(layer.self_attn, y, cos, sin)
-            new_keys.append(k.transpose(1, 2))
-            new_values.append(v.transpose(1, 2))
-            k = torch.cat([keys[index].transpose(1, 2), k], 1)
-            v = torch.cat([values[index].transpose(1, 2), v], 1)
+            new_keys.append(k)
+            new_values.append(v)
+            k = torch.cat([keys[index], k], 2)
+            v = torch.cat([values[index], v], 2)
             x = self._decode_layer(layer, x, y, k, v, bias, cos, sin)
         hidden = rms_norm(x, self.text.norm.weight, self.epsilon)
         return Prefix(torch.stack(new_keys), torch.stack(new_values), hidden)
@@ -268,9 +276,9 @@ class Backbone(nn.Module, ABC):
     def _keys_values(
         self, attention: nn.Module, y: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        shape = (*y.shape[:2], self.kv_heads, self.head_size)
-        k = self._head_norm(attention, 'k_norm', attention.k_proj(y).view(shape))
-        return rotate(k, cos, sin), attention.v_proj(y).view(shape)
+        """K after its turn and V, `[B, kv, length, hd]`."""
+        k, v = (split_heads(f(y), self.head_size) for f in (attention.k_proj, attention.v_proj))
+        return rotate(self._head_norm(attention, 'k_norm', k), cos, sin), v
 
     def _head_norm(self, attention: nn.Module, name: str, x: Tensor) -> Tensor:
         """Qwen3's norm of each query or key; other language models have none."""
@@ -288,12 +296,10 @@ class Backbone(nn.Module, ABC):
         cos: Tensor,
         sin: Tensor,
     ) -> Tensor:
-        batch, length = y.shape[:2]
         attention = layer.self_attn
-        q = attention.q_proj(y).view(batch, length, self.heads, self.head_size)
+        q = split_heads(attention.q_proj(y), self.head_size)
         q = rotate(self._head_norm(attention, 'q_norm', q), cos, sin)
-        out = attend(q, k, v, bias).reshape(batch, length, self.heads * self.head_size)
-        x = x + attention.o_proj(out)
+        x = x + attention.o_proj(join_heads(attend(q, k, v, bias)))
         y = rms_norm(x, layer.post_attention_layernorm.weight, self.epsilon)
         return x + feed_forward(layer.mlp, y)
 

@@ -15,7 +15,15 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from spanvla_ros.model.backbone.attention import attend, feed_forward, rms_norm, rotate
+from spanvla_ros.model.backbone.attention import (
+    attend,
+    feed_forward,
+    join_heads,
+    rms_norm,
+    rotary_tables,
+    rotate,
+    split_heads,
+)
 from spanvla_ros.model.backbone.decoder import Backbone
 from spanvla_ros.model.backbone.pictures import patches
 from spanvla_ros.model.config import ModelConfig
@@ -60,11 +68,11 @@ class Qwen25Backbone(Backbone):
         cos, sin = self.network.model.visual.rotary_pos_emb(
             torch.zeros(1), get_vision_position_ids(grid, merge)
         )
-        half = cos.shape[-1] // 2
+        cos, sin = rotary_tables(cos, sin)
         self._buffer('window_order', places)
         self._buffer('picture_order', torch.argsort(windows))
-        self._buffer('vision_cos', cos[places, None, :half].float())
-        self._buffer('vision_sin', sin[places, None, :half].float())
+        self._buffer('vision_cos', cos[places])
+        self._buffer('vision_sin', sin[places])
 
     def _rotary_positions(self, images: list[int], length: int) -> Tensor:
         return multimodal_positions(self.network.model, images, length, self.rows, self.columns)
@@ -89,21 +97,21 @@ class Qwen25Backbone(Backbone):
         return x + feed_forward(block.mlp, rms_norm(x, block.norm2.weight, 1e-6))
 
     def _look(self, attention: nn.Module, y: Tensor, *, everywhere: bool) -> Tensor:
-        count, length, width = y.shape
         heads = attention.num_heads
-        qkv = attention.qkv(y).view(count, length, 3 * heads, width // heads)
-        qk = rotate(qkv[:, :, : 2 * heads], self.vision_cos, self.vision_sin)
-        q, k = qk.split(heads, 2)
-        v = qkv[:, :, 2 * heads :]
+        qkv = split_heads(attention.qkv(y), y.shape[-1] // heads)
+        qk = rotate(qkv[:, : 2 * heads], self.vision_cos, self.vision_sin)
+        q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, 2 * heads :]
         if everywhere:
-            return attention.proj(attend(q, k, v).reshape(count, length, width))
+            return attention.proj(join_heads(attend(q, k, v)))
         parts, start = [], 0
         for size, number in self.window_groups:
             stop = start + size * number
-            cut = [t[:, start:stop].reshape(count * number, size, heads, -1) for t in (q, k, v)]
-            parts.append(attend(*cut).reshape(count, stop - start, width))
+            # A window is a head of its own: none sees another.
+            cut = [t[:, :, start:stop].reshape(-1, number, size, t.shape[-1]) for t in (q, k, v)]
+            parts.append(attend(*cut).reshape(-1, heads, stop - start, q.shape[-1]))
             start = stop
-        return attention.proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return attention.proj(join_heads(seen))
 
 
 def multimodal_positions(

@@ -15,7 +15,13 @@ from torch.nn import functional
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
-from spanvla_ros.model.backbone.attention import attend, rotate
+from spanvla_ros.model.backbone.attention import (
+    attend,
+    join_heads,
+    rotary_tables,
+    rotate,
+    split_heads,
+)
 from spanvla_ros.model.backbone.decoder import Backbone
 from spanvla_ros.model.backbone.pictures import cells_first, patches, resampled, resampling
 from spanvla_ros.model.backbone.qwen2_5_vl import multimodal_positions
@@ -53,9 +59,9 @@ class Qwen3Backbone(Backbone):
         tower = self.network.model.visual
         grid = torch.tensor([[1, self.rows, self.columns]])
         cos, sin = tower.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
-        half = cos.shape[-1] // 2
-        self._buffer('vision_cos', cos[:, None, :half].float())
-        self._buffer('vision_sin', sin[:, None, :half].float())
+        cos, sin = rotary_tables(cos, sin)
+        self._buffer('vision_cos', cos)
+        self._buffer('vision_sin', sin)
         side = tower.num_grid_per_side
         for name, size in (('down', self.rows), ('across', self.columns)):
             self._buffer(name, resampling(side, size, 'bilinear', align_corners=True))
@@ -82,10 +88,9 @@ class Qwen3Backbone(Backbone):
         return torch.cat([seen, *fed], -1)
 
     def _look(self, attention: nn.Module, y: Tensor) -> Tensor:
-        count, length, width = y.shape
         heads = attention.num_heads
-        qkv = attention.qkv(y).view(count, length, 3 * heads, width // heads)
-        qk = rotate(qkv[:, :, : 2 * heads], self.vision_cos, self.vision_sin)
-        q, k = qk.split(heads, 2)
-        seen = attend(q, k, qkv[:, :, 2 * heads :])
-        return attention.proj(seen.reshape(count, length, width))
+        qkv = split_heads(attention.qkv(y), y.shape[-1] // heads)
+        qk = rotate(qkv[:, : 2 * heads], self.vision_cos, self.vision_sin)
+        return attention.proj(
+            join_heads(attend(qk[:, :heads], qk[:, heads:], qkv[:, 2 * heads :]))
+        )
