@@ -105,9 +105,12 @@ COMMANDS = {
         ),
     ),
     'export': Command(
-        'spanvla_ros.runtime.export',
+        'spanvla_ros.export',
         'write the graphs of a model and prove that they match it',
-        ('spanvla export --model models/town --target onnxruntime',),
+        (
+            'spanvla export --model out/train/model --out models/mine',
+            'spanvla export --model models/mine --precision int8 --calibrate out/scenes/train',
+        ),
     ),
     'doctor': Command(
         'spanvla_ros.doctor.command',

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +28,14 @@ MANIFEST_MAX_BYTES = 4_000_000
 GRAPHS_DIR = 'graphs'
 ENGINES_DIR = 'engines'
 SUFFIXES = ('.safetensors', '.json', '.yaml', '.onnx', '.data', '.md', '.txt')
+# `fp32` lies in `graphs/` itself, each other precision in a folder of its name below.
+PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8', 'fp8')
 GRAPHS = ('vision', 'prefill_action', 'prefill_reason', 'decode', 'step')
+
+
+def graphs_dir(precision: str) -> str:
+    """Folder of the graphs of a precision, relative to the model directory."""
+    return GRAPHS_DIR if precision == 'fp32' else f'{GRAPHS_DIR}/{precision}'
 
 
 def graphs_of(config: ModelConfig) -> tuple[str, ...]:
@@ -40,7 +48,8 @@ class ModelDirectory:
     """A verified model directory.
 
     `sha256` names the model: the hash of its list of files and their hashes, so that notes and
-    scores may be rewritten without renaming the model.
+    scores may be rewritten without renaming the model. `graph_notes` tells of each precision below
+    fp32 how its graphs were made and how far they are off.
     """
 
     path: Path
@@ -49,18 +58,31 @@ class ModelDirectory:
     training: Mapping[str, Any]
     scores: Mapping[str, Any]
     sha256: str
+    graph_notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_graphs(self) -> bool:
-        """Whether all five ONNX graphs are there."""
-        return all(f'{GRAPHS_DIR}/{name}.onnx' in self.files for name in graphs_of(self.config))
+        """Whether all five ONNX graphs are there in fp32."""
+        return 'fp32' in self.precisions
 
-    def graph(self, name: str) -> Path:
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions in which all five ONNX graphs are there."""
+        names = graphs_of(self.config)
+        return tuple(
+            precision
+            for precision in PRECISIONS
+            if all(f'{graphs_dir(precision)}/{name}.onnx' in self.files for name in names)
+        )
+
+    def graph(self, name: str, precision: str = 'fp32') -> Path:
         """Path of one ONNX graph; absent graphs raise `SpanvlaError` with the fix."""
-        relative = f'{GRAPHS_DIR}/{name}.onnx'
+        relative = f'{graphs_dir(precision)}/{name}.onnx'
         if relative not in self.files:
+            wanted = '' if precision == 'fp32' else f' --precision {precision}'
             raise SpanvlaError(
-                f'{self.path}: {relative} is missing; run: spanvla export --model {self.path}'
+                f'{self.path}: {relative} is missing; '
+                f'run: spanvla export --model {self.path}{wanted}'
             )
         return self.path / relative
 
@@ -96,6 +118,7 @@ def load_model_dir(path: str | Path) -> ModelDirectory:
         training=manifest.get('training', {}),
         scores=manifest.get('scores', {}),
         sha256=model_sha256(files),
+        graph_notes=manifest.get('graph_notes', {}),
     )
 
 
@@ -150,6 +173,7 @@ def write_manifest(
     model_dir: str | Path,
     training: Mapping[str, Any] | None = None,
     scores: Mapping[str, Any] | None = None,
+    graph_notes: Mapping[str, Any] | None = None,
 ) -> str:
     """List and hash all files of a model directory in `manifest.json`, in one atomic step.
 
@@ -157,6 +181,7 @@ def write_manifest(
         model_dir: the directory, complete but for the manifest.
         training: how it was trained; None keeps what an earlier manifest says.
         scores: its scores; None keeps what an earlier manifest says.
+        graph_notes: of each lower precision; None keeps what an earlier manifest says.
 
     Returns:
         The model's sha256.
@@ -175,8 +200,36 @@ def write_manifest(
         'training': dict(earlier.get('training', {}) if training is None else training),
         'scores': dict(earlier.get('scores', {}) if scores is None else scores),
     }
+    notes = earlier.get('graph_notes', {}) if graph_notes is None else graph_notes
+    if notes:
+        content['graph_notes'] = dict(notes)
     write_text(folder / MANIFEST_FILE, json.dumps(content, indent=1, allow_nan=False) + '\n')
     return model_sha256(files)
+
+
+def swap_directory(new: Path, place: Path) -> None:
+    """Put the finished directory `new` at `place`, an earlier one there is removed."""
+    old = place.with_name(f'.{place.name}.{os.getpid()}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle_directory(place: Path) -> None:
+    """Clear away what a killed `swap_directory` or writer left beside `place`.
+
+    A kill between its two renames leaves the earlier directory under its other name: it is put
+    back. Only for directories that nobody is writing now.
+    """
+    for old in sorted(place.parent.glob(f'.{place.name}.*.old')):
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(place)
+    for building in place.parent.glob(f'.{place.name}.*tmp'):
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -233,7 +286,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise SpanvlaError(f'{path}: lists no files; fetch the model again')
     if manifest.get('manifest_version') != MANIFEST_VERSION:
         raise SpanvlaError(f'{path}: manifest_version is not {MANIFEST_VERSION}; export it again')
-    for part in ('training', 'scores'):
+    for part in ('training', 'scores', 'graph_notes'):
         if not isinstance(manifest.get(part, {}), dict):
             raise SpanvlaError(f'{path}: {part} is not a mapping; export it again')
     return manifest

@@ -41,6 +41,7 @@ from spanvla_ros.model.backbone.vocabulary import grow_vocabulary
 from spanvla_ros.model.checkpoint import (
     load_model_dir,
     read_tensors,
+    swap_directory,
     write_manifest,
     write_tensors,
     write_text,
@@ -295,31 +296,6 @@ def save_policy(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return sha256
-
-
-def swap_directory(new: Path, place: Path) -> None:
-    """Put the finished directory `new` at `place`, an earlier one there is removed."""
-    old = place.with_name(f'.{place.name}.{os.getpid()}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def settle_directory(place: Path) -> None:
-    """Clear away what a killed `swap_directory` or writer left beside `place`.
-
-    A kill between its two renames leaves the earlier directory under its other name: it is put
-    back. Only for directories that nobody is writing now.
-    """
-    for old in sorted(place.parent.glob(f'.{place.name}.*.old')):
-        if place.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(place)
-    for building in place.parent.glob(f'.{place.name}.*tmp'):
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _arrays(module: nn.Module, kind: type[np.floating[Any]]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from spanvla_ros.model.checkpoint import ModelDirectory, load_model_dir
+from spanvla_ros.model.checkpoint import PRECISIONS, ModelDirectory, load_model_dir
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
@@ -160,22 +160,22 @@ def _load_tensorrt(directory: ModelDirectory, *, may_build: bool = True) -> Back
     return TensorRTBackend(directory, may_build=may_build)
 
 
-def _load_onnxruntime(directory: ModelDirectory) -> Backend:
+def _load_onnxruntime(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
     from spanvla_ros.runtime.onnx_ import OnnxBackend
 
-    return OnnxBackend(directory)
+    return OnnxBackend(directory, precision=precision)
 
 
-def _load_onnxruntime_cuda(directory: ModelDirectory) -> Backend:
+def _load_onnxruntime_cuda(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
     from spanvla_ros.runtime.onnx_ import CUDA, OnnxBackend
 
-    return OnnxBackend(directory, providers=CUDA)
+    return OnnxBackend(directory, CUDA, precision=precision)
 
 
-def _load_onnxruntime_tensorrt(directory: ModelDirectory) -> Backend:
+def _load_onnxruntime_tensorrt(directory: ModelDirectory, precision: str = 'fp32') -> Backend:
     from spanvla_ros.runtime.onnx_ import TENSORRT, OnnxBackend
 
-    return OnnxBackend(directory, providers=TENSORRT)
+    return OnnxBackend(directory, TENSORRT, precision=precision)
 
 
 def _load_torch(directory: ModelDirectory) -> Backend:
@@ -203,15 +203,24 @@ def _load_built_tensorrt(directory: ModelDirectory) -> Backend:
     return _load_tensorrt(directory, may_build=False)
 
 
-LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
-    'tensorrt': _load_tensorrt,
+_ONNX_LOADERS = {
     'onnxruntime': _load_onnxruntime,
     'onnxruntime-cuda': _load_onnxruntime_cuda,
     'onnxruntime-tensorrt': _load_onnxruntime_tensorrt,
+}
+# By name, or by name and precision, such as `onnxruntime:int8`.
+LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
+    'tensorrt': _load_tensorrt,
+    **_ONNX_LOADERS,
     'torch': _load_torch,
     'torch-cuda': _load_torch_cuda,
     'torch-cuda-fp16': partial(_load_torch_cuda, precision='fp16'),
     'torch-cuda-bf16': partial(_load_torch_cuda, precision='bf16'),
+    **{
+        f'{name}:{precision}': partial(load, precision=precision)
+        for name, load in _ONNX_LOADERS.items()
+        for precision in PRECISIONS[1:]
+    },
 }
 # `auto` starts nothing that takes minutes: it uses TensorRT where the engines are built.
 AUTO_LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
@@ -228,7 +237,8 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
         model_dir: the model directory, or one already verified.
         name: `tensorrt`, `onnxruntime` (CPU), `torch`, or `auto`: the first of these that can run
             the model here; why each one before it was refused is logged. The others are taken only
-            when named.
+            when named. Those of ONNX Runtime also run graphs of another precision:
+            `onnxruntime:int8`.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.

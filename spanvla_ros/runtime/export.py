@@ -1,4 +1,4 @@
-"""`spanvla export`: the five ONNX graphs of a model, and the proof that they match it.
+"""The five ONNX graphs of a model in fp32, and the proof that they match it.
 
 All shapes are static. Weights are rounded to fp16 once; safetensors and graphs then hold the same
 numbers, the graphs as fp16 initialisers with a cast that the engine folds when it loads, in one
@@ -8,13 +8,10 @@ Computation is fp32.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import io
 import logging
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections import Counter
@@ -27,38 +24,36 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from spanvla_ros.model.action_heads import expert_draws
+from spanvla_ros.model.backbone import aligned
 from spanvla_ros.model.checkpoint import (
     GRAPHS_DIR,
     ModelDirectory,
     graphs_of,
     load_model_dir,
+    swap_directory,
     write_manifest,
     write_tensors,
 )
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.expert import EGO_FEATURES
 from spanvla_ros.model.flow import TIME_FEATURES, euler, time_features
-from spanvla_ros.model.policy import Policy, load_policy, save_policy, swap_directory
+from spanvla_ros.model.policy import Policy, load_policy, save_policy
 from spanvla_ros.model.prompt import PromptLayout
 from spanvla_ros.runtime.backend import Backend, ask_expert
 from spanvla_ros.runtime.gate import check_graph
+from spanvla_ros.runtime.golden import GOLDEN_FILE
+from spanvla_ros.runtime.graph_files import GraphWriter
 from spanvla_ros.runtime.onnx_ import INPUTS, OUTPUTS, OnnxBackend
 from spanvla_ros.runtime.torch_ import TorchBackend, graph_modules
 from spanvla_ros.types import SpanvlaError
 
 OPSET = 20
-DATA_FILE = 'weights.data'
-GOLDEN_FILE = 'golden_inputs/golden.safetensors'
 GOLDEN_CASES = 4
-EXTERNAL_BYTES = 1024
-ALIGNMENT = 64
-DATA_DEPENDENT = ('NonZero', 'Unique', 'Loop', 'If', 'Scan', 'Compress', 'SequenceAt')
 MAX_STATE_ERROR = 1e-3
-PRECISIONS = ('fp16', 'fp32')
+WEIGHTS = ('fp16', 'fp32')
 
 
 @dataclass(frozen=True)
@@ -73,34 +68,14 @@ class Parity:
     torch_ms: float
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `spanvla export`."""
-    parser.add_argument('--model', required=True, type=Path, help='model directory')
-    parser.add_argument(
-        '--out', type=Path, help='write the exported model here instead of back into --model'
-    )
-    parser.add_argument(
-        '--precision', choices=PRECISIONS, default='fp16', help='how weights are stored'
-    )
-    parser.add_argument('--target', choices=('onnxruntime',), default='onnxruntime')
-
-
-def run(options: argparse.Namespace) -> int:
-    """Export, verify, and print the parity of every graph."""
-    out: Path = options.out or options.model
-    report = export_model(options.model, out, options.precision)
-    size = sum(path.stat().st_size for path in out.rglob('*') if path.is_file())
-    lines = [
-        f'{p.graph:<15}{p.nodes:4d} nodes  max error {p.absolute:.1e} (relative {p.relative:.1e})'
-        f'  onnxruntime {p.onnx_ms:6.2f} ms  torch {p.torch_ms:6.2f} ms'
-        for p in report
-    ]
-    sys.stdout.write('\n'.join([*lines, f'{out}: {size / 1e6:.1f} MB in all']) + '\n')
-    return 0
-
-
-def export_model(model_dir: Path, out: Path, precision: str = 'fp16') -> list[Parity]:
+def export_model(model_dir: Path, out: Path, weights: str = 'fp16') -> list[Parity]:
     """Write a model with graphs and golden inputs to `out`, whole or not at all.
+
+    Args:
+        model_dir: a trained model.
+        out: where to; the same directory is replaced.
+        weights: how they are stored, one of `WEIGHTS`; `fp16` rounds them and leaves the training
+            heads out.
 
     Raises:
         SpanvlaError: the model is not verified or trained, a graph breaks the static rules, or
@@ -113,7 +88,7 @@ def export_model(model_dir: Path, out: Path, precision: str = 'fp16') -> list[Pa
     building = out.with_name(f'.{out.name}.{os.getpid()}.export')
     try:
         notes = directory.training
-        save_policy(policy, building, notes, shipped=precision == 'fp16', scores=directory.scores)
+        save_policy(policy, building, notes, shipped=weights == 'fp16', scores=directory.scores)
         policy = load_policy(building)
         counts = _write_graphs(policy, building / GRAPHS_DIR)
         golden = golden_inputs(policy.layout)
@@ -129,18 +104,12 @@ def export_model(model_dir: Path, out: Path, precision: str = 'fp16') -> list[Pa
 
 
 def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
-    folder.mkdir(parents=True)
     examples = example_inputs(policy)
-    data = _SharedData()
+    writer = GraphWriter(folder)
     counts: dict[str, int] = {}
-    for name, module in graph_modules(policy).items():
-        model = trace(module, name, examples[name])
-        check_static(model, name)
-        for parameter in model.graph.initializer:
-            data.move(parameter)
-        counts[name] = len(model.graph.node)
-        (folder / f'{name}.onnx').write_bytes(data.finish(model))
-    (folder / DATA_FILE).write_bytes(data.content)
+    with aligned(policy.backbone.network):
+        for name, module in graph_modules(policy).items():
+            counts[name] = writer.write(name, trace(module, name, examples[name]))
     for name in graphs_of(policy.config):
         check_graph(folder / f'{name}.onnx')
     return counts
@@ -169,77 +138,6 @@ def trace(module: nn.Module, name: str, examples: tuple[torch.Tensor, ...]) -> o
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
     return model
-
-
-def check_static(model: onnx.ModelProto, name: str) -> None:
-    """Refuse a data-dependent operator or a dimension without a number."""
-    for node in model.graph.node:
-        if node.op_type in DATA_DEPENDENT:
-            raise SpanvlaError(f'export: graph {name} holds {node.op_type}; it must be static')
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    graph = inferred.graph
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if not dimension.HasField('dim_value'):
-                raise SpanvlaError(
-                    f'export: tensor {value.name} of graph {name} has a size that is not fixed'
-                )
-
-
-class _SharedData:
-    """One data file for all graphs: equal tensors are stored once."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._places: dict[str, tuple[int, int]] = {}
-        self._casts: list[onnx.NodeProto] = []
-
-    @property
-    def content(self) -> bytes:
-        """The data file."""
-        return bytes(self._buffer)
-
-    def move(self, tensor: onnx.TensorProto) -> None:
-        """Put a large tensor into the data file, as fp16 where that loses nothing."""
-        array = numpy_helper.to_array(tensor)
-        if array.nbytes < EXTERNAL_BYTES:
-            return
-        name = tensor.name
-        if array.dtype == np.float32:
-            with np.errstate(over='ignore'):
-                half = array.astype(np.float16)
-            if np.array_equal(half.astype(np.float32), array):
-                array = half
-                self._casts.append(
-                    helper.make_node('Cast', [f'{name}_half'], [name], to=TensorProto.FLOAT)
-                )
-                name = f'{name}_half'
-        offset, length = self._store(array)
-        tensor.Clear()
-        tensor.name = name
-        tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor.dims.extend(array.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (('location', DATA_FILE), ('offset', offset), ('length', length)):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
-
-    def finish(self, model: onnx.ModelProto) -> bytes:
-        """The graph's own file, casts put before all other nodes."""
-        nodes = [*self._casts, *model.graph.node]
-        self._casts = []
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        return bytes(model.SerializeToString(deterministic=True))
-
-    def _store(self, array: np.ndarray) -> tuple[int, int]:
-        content = np.ascontiguousarray(array).tobytes()
-        key = f'{array.dtype.str} {hashlib.sha256(content).hexdigest()}'
-        if key not in self._places:
-            self._buffer += bytes(-len(self._buffer) % ALIGNMENT)
-            self._places[key] = (len(self._buffer), len(content))
-            self._buffer += content
-        return self._places[key]
 
 
 def _states(config: ModelConfig) -> tuple[int, ...]:

@@ -13,25 +13,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from spanvla_ros.types import SpanvlaError
 
 OPSETS = (17, 20)
 ONNX_DOMAINS = ('', 'ai.onnx')
-TYPES = frozenset(
-    (
-        TensorProto.FLOAT,
-        TensorProto.FLOAT16,
-        TensorProto.BFLOAT16,
-        TensorProto.FLOAT8E4M3FN,
-        TensorProto.INT8,
-        TensorProto.INT32,
-        TensorProto.INT64,
-        TensorProto.BOOL,
-    )
-)
+_EVERYWHERE = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+# What a graph of each precision may hold. Weights of the wide ones are stored as fp16.
+TYPES = {
+    'fp32': frozenset((*_EVERYWHERE, TensorProto.FLOAT16)),
+    'fp16': frozenset((*_EVERYWHERE, TensorProto.FLOAT16)),
+    'bf16': frozenset((*_EVERYWHERE, TensorProto.BFLOAT16)),
+    'int8': frozenset((*_EVERYWHERE, TensorProto.FLOAT16, TensorProto.INT8)),
+    'fp8': frozenset((*_EVERYWHERE, TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN)),
+}
+# The type each lower precision is named for.
+NAMED_FOR = {
+    'fp16': TensorProto.FLOAT16,
+    'bf16': TensorProto.BFLOAT16,
+    'int8': TensorProto.INT8,
+    'fp8': TensorProto.FLOAT8E4M3FN,
+}
 # The result's shape, or which nodes run, depends on values.
 DATA_DEPENDENT = frozenset(
     (
@@ -77,17 +82,20 @@ class GateReport:
         return not self.faults
 
 
-def check_graph(graph: str | Path | onnx.ModelProto, name: str = '') -> GateReport:
+def check_graph(
+    graph: str | Path | onnx.ModelProto, name: str = '', precision: str = 'fp32'
+) -> GateReport:
     """Put a graph through the gate.
 
     Args:
         graph: an ONNX file, its weights beside it or inside, or a model in memory.
         name: what to call it; a file's own name if empty.
+        precision: a key of `TYPES`; inputs and outputs are fp32 in every one.
 
     Raises:
         SpanvlaError: it does not pass; the sentence names the first faults.
     """
-    report = inspect_graph(graph, name)
+    report = inspect_graph(graph, name, precision)
     if not report.passed:
         shown = '; '.join(report.faults[:3])
         rest = len(report.faults) - 3
@@ -99,13 +107,16 @@ def check_graph(graph: str | Path | onnx.ModelProto, name: str = '') -> GateRepo
     return report
 
 
-def inspect_graph(graph: str | Path | onnx.ModelProto, name: str = '') -> GateReport:
+def inspect_graph(
+    graph: str | Path | onnx.ModelProto, name: str = '', precision: str = 'fp32'
+) -> GateReport:
     """All faults of a graph; nothing is raised for them."""
     if isinstance(graph, onnx.ModelProto):
         name, model, faults = name or graph.graph.name, graph, _check_validity(graph)
+        folder = ''
     else:
         path = Path(graph)
-        name = name or path.stem
+        name, folder = name or path.stem, str(path.parent)
         try:
             model = onnx.load(str(path), load_external_data=False)
         except Exception as error:
@@ -118,7 +129,9 @@ def inspect_graph(graph: str | Path | onnx.ModelProto, name: str = '') -> GateRe
     faults += failure
     tensors = list(_values(inferred.graph))
     faults += _check_tensors(inferred.graph, tensors)
-    faults += _check_types(inferred.graph, tensors)
+    faults += _check_types(inferred.graph, tensors, precision)
+    faults += _check_precision(inferred.graph, tensors, precision)
+    faults += _check_scales(inferred.graph, tensors, precision, folder)
     return GateReport(name, opset, len(model.graph.node), len(tensors), tuple(faults))
 
 
@@ -180,18 +193,70 @@ def _check_tensors(graph: onnx.GraphProto, values: list[onnx.ValueInfoProto]) ->
     return faults
 
 
-def _check_types(graph: onnx.GraphProto, values: list[onnx.ValueInfoProto]) -> list[str]:
+def _types(graph: onnx.GraphProto, values: list[onnx.ValueInfoProto]) -> dict[str, int]:
     types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {constant.name: constant.data_type for constant in graph.initializer}
+    return types | {constant.name: constant.data_type for constant in graph.initializer}
+
+
+def _check_types(
+    graph: onnx.GraphProto, values: list[onnx.ValueInfoProto], precision: str
+) -> list[str]:
+    types = _types(graph, values)
     faults = []
-    for kind in sorted(set(types.values()) - TYPES):
+    for kind in sorted(set(types.values()) - TYPES[precision]):
         example = min(name for name, other in types.items() if other == kind)
-        faults.append(f'{example} is of type {_type_name(kind)}, which no engine takes')
+        faults.append(f'{example} is of type {_type_name(kind)}, which no {precision} graph holds')
     faults += [
         f'{node.op_type} of {node.input[0]} in BFLOAT16; make it a table'
         for node in graph.node
         if node.op_type in ANGULAR and types.get(node.input[0]) == TensorProto.BFLOAT16
     ]
+    return faults
+
+
+def _check_precision(
+    graph: onnx.GraphProto, values: list[onnx.ValueInfoProto], precision: str
+) -> list[str]:
+    """Whether a graph of a lower precision is one: what enters it, what multiplies in it."""
+    if precision not in NAMED_FOR:
+        return []
+    types, kind = _types(graph, values), NAMED_FOR[precision]
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    faults = [
+        f'{value.name} is {_type_name(types[value.name])}; inputs and outputs are fp32 or integer'
+        for value in (*graph.input, *graph.output)
+        if types[value.name] not in _EVERYWHERE
+    ]
+    products = [node for node in graph.node if node.op_type in ('MatMul', 'Gemm')]
+    if precision in ('fp16', 'bf16'):
+        wrong = [node for node in products if types.get(node.input[1]) != kind]
+        return faults + [f'{n.op_type} of {n.input[0]} is not in {precision}' for n in wrong]
+    pairs = [[makers.get(name, '') for name in node.input[:2]] for node in products]
+    if ['DequantizeLinear'] * 2 not in pairs:
+        faults.append(f'no product is in {precision}')
+    return faults + [
+        f'{node.op_type} of {node.input[0]} has one side in {precision} only'
+        for node, pair in zip(products, pairs, strict=True)
+        if ('DequantizeLinear' in pair) and pair != ['DequantizeLinear'] * 2
+    ]
+
+
+def _check_scales(
+    graph: onnx.GraphProto, values: list[onnx.ValueInfoProto], precision: str, folder: str
+) -> list[str]:
+    """Whether what quantises does it in the named type, about zero, by stored scales."""
+    types, faults = _types(graph, values), []
+    stored = {constant.name: constant for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in ('QuantizeLinear', 'DequantizeLinear'):
+            continue
+        zero = stored.get(node.input[2]) if len(node.input) > 2 else None
+        if zero is None or zero.data_type != NAMED_FOR.get(precision):
+            faults.append(f'{node.op_type} of {node.input[0]} is not in {precision}')
+        elif np.any(numpy_helper.to_array(zero, folder).astype(np.float32)):
+            faults.append(f'{node.op_type} of {node.input[0]} is not symmetric')
+        if types.get(node.input[1]) != TensorProto.FLOAT or node.input[1] not in stored:
+            faults.append(f'{node.op_type} of {node.input[0]} has no stored scale in fp32')
     return faults
 
 

@@ -51,12 +51,24 @@ def golden_state(
     return state
 
 
+def golden_states(
+    backend: Backend, golden: Mapping[str, np.ndarray]
+) -> Float32[np.ndarray, 'n t 3']:
+    """The normalised trajectories an engine plans on all golden cases."""
+    cases = range(len(golden['ids']))
+    return np.concatenate([golden_state(backend, golden, case) for case in cases])
+
+
 def waypoint_difference_m(backend: Backend, directory: ModelDirectory) -> float:
     """Largest distance, in metres, of a waypoint from its golden place; inf for one not finite."""
     golden = load_golden(directory)
+    return states_apart_m(golden_states(backend, golden), golden['state'], directory)
+
+
+def states_apart_m(ours: np.ndarray, theirs: np.ndarray, directory: ModelDirectory) -> float:
+    """Largest distance, in metres, of a waypoint between normalised trajectories; inf for NaN."""
     std = load_normalization(directory.path, directory.config).std
-    states = [golden_state(backend, golden, case) for case in range(len(golden['ids']))]
-    apart = (np.concatenate(states).astype(np.float64) - golden['state']) * std
+    apart = (ours.astype(np.float64) - theirs) * std
     if not np.isfinite(apart).all():
         return float('inf')
     return float(np.hypot(apart[..., 0], apart[..., 1]).max())

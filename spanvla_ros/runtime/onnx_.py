@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from spanvla_ros.model.action_heads import expert_draws
-from spanvla_ros.model.checkpoint import GRAPHS_DIR, ModelDirectory, graphs_of
+from spanvla_ros.model.checkpoint import ModelDirectory, graphs_of
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
@@ -22,6 +22,7 @@ Array = np.ndarray
 CPU = ('CPUExecutionProvider',)
 CUDA = ('CUDAExecutionProvider', *CPU)
 TENSORRT = ('TensorrtExecutionProvider', *CUDA)
+EIGHT_BIT = ('int8', 'fp8')
 INPUTS: Mapping[str, tuple[str, ...]] = {
     'vision': ('pixels',),
     'prefill_action': ('ids', 'embeds', 'valid'),
@@ -44,10 +45,12 @@ _LOCATION_KEY = b'\x0a\x08location\x12'
 class OnnxBackend:
     """A model on ONNX Runtime; implements `runtime.backend.Backend`."""
 
-    name = 'onnxruntime'
-
     def __init__(
-        self, directory: ModelDirectory, providers: Sequence[str] = CPU, threads: int = 1
+        self,
+        directory: ModelDirectory,
+        providers: Sequence[str] = CPU,
+        threads: int = 1,
+        precision: str = 'fp32',
     ) -> None:
         """Open all five graphs.
 
@@ -55,13 +58,19 @@ class OnnxBackend:
             directory: a verified model directory.
             providers: execution providers in order of wish.
             threads: threads inside one operator.
+            precision: which graphs of the model, one of `model.checkpoint.PRECISIONS`.
 
         Raises:
             SpanvlaError: ONNX Runtime or a provider is missing, or a graph does not fit.
         """
         self.config: ModelConfig = directory.config
+        self.name = 'onnxruntime' if precision == 'fp32' else f'onnxruntime:{precision}'
+        if precision == 'bf16' and tuple(providers) == CPU:
+            raise SpanvlaError(
+                f'{directory.path}: ONNX Runtime has no bf16 on a CPU; use onnxruntime-cuda:bf16'
+            )
         self._sessions = {
-            name: _open_session(directory, name, providers, threads)
+            name: _open_session(directory, name, precision, providers, threads)
             for name in graphs_of(self.config)
         }
         _check_shapes(self._sessions, directory)
@@ -133,13 +142,13 @@ class OnnxBackend:
 
 
 def _open_session(
-    directory: ModelDirectory, name: str, providers: Sequence[str], threads: int
+    directory: ModelDirectory, name: str, precision: str, providers: Sequence[str], threads: int
 ) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise MissingExtraError('onnxruntime', 'onnx') from error
-    path = directory.graph(name)
+    path = directory.graph(name, precision)
     _check_external_data(path, directory)
     absent = sorted(set(providers) - set(onnxruntime.get_available_providers()))
     if absent:
@@ -154,6 +163,9 @@ def _open_session(
     options.log_severity_level = 3
     for key in ('session.intra_op.allow_spinning', 'session.inter_op.allow_spinning'):
         options.add_session_config_entry(key, '0')
+    if precision in EIGHT_BIT and tuple(providers) == CPU:
+        # Its eight-bit products saturate without VNNI, are slower than fp32, and know no fp8.
+        options.add_session_config_entry('session.disable_quant_qdq', '1')
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
@@ -176,9 +188,10 @@ def _open_session(
 
 def _check_external_data(path: Path, directory: ModelDirectory) -> None:
     """Refuse weights outside the manifest before ONNX Runtime follows the file's own paths."""
+    folder = path.parent.relative_to(directory.path).as_posix()
     for location in external_locations(path.read_bytes()):
         pure = PurePosixPath(location)
-        listed = f'{GRAPHS_DIR}/{location}' in directory.files
+        listed = f'{folder}/{location}' in directory.files
         if pure.is_absolute() or '..' in pure.parts or not listed:
             raise SpanvlaError(
                 f'{path}: keeps weights in {location!r}, which is not a listed file of the model; '

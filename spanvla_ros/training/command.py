@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spanvla_ros.model.policy import settle_directory
+from spanvla_ros.model.checkpoint import settle_directory
 from spanvla_ros.training.loop import STAGES, train
 from spanvla_ros.training.parallel import run_group
 from spanvla_ros.training.run import MODEL_DIR, REFUSED_DIR, STATE_DIR

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from spanvla_ros.model.backbone.adapters import merged, save_adapters
-from spanvla_ros.model.checkpoint import write_tensors, write_text
-from spanvla_ros.model.policy import Policy, save_policy, swap_directory
+from spanvla_ros.model.checkpoint import swap_directory, write_tensors, write_text
+from spanvla_ros.model.policy import Policy, save_policy
 from spanvla_ros.training.lint import Finding
 from spanvla_ros.training.optimizer import Optimizer
 from spanvla_ros.training.parallel import Group

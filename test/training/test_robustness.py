@@ -21,7 +21,7 @@ pytest.importorskip('transformers')
 from random_rows import random_rows, write_shards  # noqa: E402
 
 from spanvla_ros import cli  # noqa: E402
-from spanvla_ros.model.policy import settle_directory  # noqa: E402
+from spanvla_ros.model.checkpoint import settle_directory  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet, write_shard  # noqa: E402
 from spanvla_ros.training.stages import sft  # noqa: E402
 from spanvla_ros.types import SpanvlaError  # noqa: E402

@@ -12,6 +12,7 @@ from torch import nn
 
 from spanvla_ros.model.backbone.attention import (
     MASKED,
+    aligned,
     attend,
     join_heads,
     rms_norm,
@@ -32,6 +33,7 @@ __all__ = [
     'MASKED',
     'Backbone',
     'Prefix',
+    'aligned',
     'attend',
     'draw_weights',
     'join_heads',

@@ -96,7 +96,7 @@ class Qwen25Backbone(Backbone):
         x = x + self._look(block.attn, y, everywhere=everywhere)
         return x + feed_forward(block.mlp, rms_norm(x, block.norm2.weight, 1e-6))
 
-    def _look(self, attention: nn.Module, y: Tensor, *, everywhere: bool) -> Tensor:
+    def _look(self, attention: Any, y: Tensor, *, everywhere: bool) -> Tensor:
         heads = attention.num_heads
         qkv = split_heads(attention.qkv(y), y.shape[-1] // heads)
         qk = rotate(qkv[:, : 2 * heads], self.vision_cos, self.vision_sin)

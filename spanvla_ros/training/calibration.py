@@ -1,0 +1,97 @@
+"""What the graphs of a model see on the road: their inputs while it plans and reasons on scenes.
+
+Ranges for eight-bit graphs are read off these, so they come from the very path that runs on
+board: each row is planned once as the `off` schedule does it and once with its reasoning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from spanvla_ros.model.action_heads import AnswerError
+from spanvla_ros.model.checkpoint import ModelDirectory
+from spanvla_ros.model.flow import load_normalization
+from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
+from spanvla_ros.runtime.eight_bit import Calibration
+from spanvla_ros.runtime.onnx_ import INPUTS, OnnxBackend
+from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.town.scenarios import HELD_OUT_SEED
+from spanvla_ros.training.data.scenes import MANIFEST
+from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.types import SpanvlaError
+
+ROWS = 64
+# Of the many calls of a graph on one row, evenly spread ones.
+CALLS_PER_ROW = 4
+
+
+def record_inputs(directory: ModelDirectory, scenes: Path, rows: int = ROWS) -> Calibration:
+    """Inputs of every graph on evenly spread rows of a scene set that is not held out.
+
+    Raises:
+        SpanvlaError: the set is held out, is empty or has other cameras than the model.
+    """
+    shards = ShardSet(scenes)
+    config = directory.config
+    _check_scenes(shards, directory)
+    chosen = np.unique(np.linspace(0, len(shards) - 1, rows).astype(int))
+    backend = _Recorder(directory)
+    planners = [
+        Planner(
+            backend,
+            PromptLayout(config, load_tokenizer(directory.path)),
+            load_normalization(directory.path, config),
+            schedule=schedule,
+        )
+        for schedule in ('off', 'sequential')
+    ]
+    for row in shards.rows(chosen):
+        for planner in planners:
+            planner.reset()
+            try:
+                planner.plan(row.sample.observation)
+            except AnswerError:
+                continue
+        backend.next_row()
+    return Calibration(feeds=backend.kept, scenes=str(scenes.name), rows=len(chosen))
+
+
+def _check_scenes(shards: ShardSet, directory: ModelDirectory) -> None:
+    config, manifest = directory.config, shards.path / MANIFEST
+    if shards.cameras != config.camera_names:
+        raise SpanvlaError(
+            f'{shards.path}: has cameras {", ".join(shards.cameras)}, the model wants '
+            f'{", ".join(config.camera_names)}; draw scenes with --model'
+        )
+    drawn = json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else {}
+    if drawn.get('seed', 0) >= HELD_OUT_SEED:
+        raise SpanvlaError(
+            f'{shards.path}: is held out for evaluation; calibrate on scenes of a seed below '
+            f'{HELD_OUT_SEED}'
+        )
+
+
+class _Recorder(OnnxBackend):
+    """The fp32 graphs, remembering what they were asked."""
+
+    def __init__(self, directory: ModelDirectory) -> None:
+        super().__init__(directory)
+        self.kept: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+        self._row: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+
+    def next_row(self) -> None:
+        """Keep some of the calls since the last row."""
+        for graph, calls in self._row.items():
+            some = np.unique(np.linspace(0, len(calls) - 1, CALLS_PER_ROW).astype(int))
+            self.kept[graph] += [calls[index] for index in some]
+        self._row.clear()
+
+    def _run(self, graph: str, *arrays: np.ndarray) -> list[np.ndarray]:
+        # An engine may go on writing into what it was given.
+        feed = {name: np.array(a) for name, a in zip(INPUTS[graph], arrays, strict=True)}
+        self._row[graph].append(feed)
+        return super()._run(graph, *arrays)
