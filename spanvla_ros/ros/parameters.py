@@ -131,7 +131,21 @@ class PlannerSettings:
 
     model_dir: str = setting('models/town', 'model directory, verified against its manifest')
     backend: str = setting(
-        'auto', 'inference backend', choices=('auto', 'onnxruntime', 'torch', 'tensorrt')
+        'auto',
+        'inference backend; each that auto refuses is logged with its reason',
+        choices=(
+            'auto',
+            'onnxruntime',
+            'onnxruntime-cuda',
+            'onnxruntime-tensorrt',
+            'torch',
+            'tensorrt',
+        ),
+    )
+    precision: str = setting(
+        'fp32',
+        'graphs to run; below fp32 those of a named backend that were exported so',
+        choices=('fp32', 'fp16', 'bf16', 'int8', 'fp8'),
     )
     schedule: str = setting(
         'model',

@@ -160,7 +160,9 @@ class PlannerNode(LifecycleNode):
         settings = self.settings
         planner = Planner.open(
             settings.model_dir,
-            settings.backend,
+            settings.backend
+            if settings.precision == 'fp32'
+            else f'{settings.backend}:{settings.precision}',
             schedule=None if settings.schedule == 'model' else settings.schedule,
             steps=settings.steps or None,
             vision_every=settings.vision_every,

@@ -203,6 +203,21 @@ def _load_built_tensorrt(directory: ModelDirectory) -> Backend:
     return _load_tensorrt(directory, may_build=False)
 
 
+def _load_agreeing_cuda(directory: ModelDirectory) -> Backend:
+    """ONNX Runtime on a GPU, if it plans the golden inputs as fp32 must."""
+    from spanvla_ros.runtime.engines import WAYPOINT_BOUNDS_M
+    from spanvla_ros.runtime.golden import waypoint_difference_m
+
+    backend = _load_onnxruntime_cuda(directory)
+    found, allowed = waypoint_difference_m(backend, directory), WAYPOINT_BOUNDS_M['fp32']
+    if not found <= allowed:
+        raise SpanvlaError(
+            f'{directory.path}: differs from the golden plans by {found:.4f} m on this GPU, '
+            f'allowed are {allowed:g} m; use onnxruntime'
+        )
+    return backend
+
+
 _ONNX_LOADERS = {
     'onnxruntime': _load_onnxruntime,
     'onnxruntime-cuda': _load_onnxruntime_cuda,
@@ -222,9 +237,11 @@ LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
         for precision in PRECISIONS[1:]
     },
 }
-# `auto` starts nothing that takes minutes: it uses TensorRT where the engines are built.
+# `auto` starts nothing that takes minutes, and nothing that plans otherwise: TensorRT where the
+# engines are built, a GPU where it agrees with the golden plans.
 AUTO_LOADERS: dict[str, Callable[[ModelDirectory], Backend]] = {
     'tensorrt': _load_built_tensorrt,
+    'onnxruntime-cuda': _load_agreeing_cuda,
     'onnxruntime': _load_onnxruntime,
     'torch': _load_torch,
 }
@@ -235,10 +252,10 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
 
     Args:
         model_dir: the model directory, or one already verified.
-        name: `tensorrt`, `onnxruntime` (CPU), `torch`, or `auto`: the first of these that can run
-            the model here; why each one before it was refused is logged. The others are taken only
-            when named. Those of ONNX Runtime also run graphs of another precision:
-            `onnxruntime:int8`.
+        name: `tensorrt`, `onnxruntime-cuda`, `onnxruntime` (CPU), `torch`, or `auto`: the first
+            of these that can run the model here; why each one before it was refused is logged.
+            The others are taken only when named. Those of ONNX Runtime also run graphs of another
+            precision: `onnxruntime:int8`.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.

@@ -16,11 +16,16 @@ from jaxtyping import Float32, Int64
 from spanvla_ros.model.action_heads import expert_draws
 from spanvla_ros.model.checkpoint import ModelDirectory, graphs_of
 from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.flow import euler, time_features
+from spanvla_ros.runtime.backend import DeviceCache
+from spanvla_ros.runtime.onnx_memory import BoundSession
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
 Array = np.ndarray
 CPU = ('CPUExecutionProvider',)
 CUDA = ('CUDAExecutionProvider', *CPU)
+# Its default rounds fp32 products to 10 bits, further off than fp32 may be.
+_PROVIDER_OPTIONS = {'CUDAExecutionProvider': {'use_tf32': '0'}}
 TENSORRT = ('TensorrtExecutionProvider', *CUDA)
 EIGHT_BIT = ('int8', 'fp8')
 INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -43,7 +48,7 @@ _LOCATION_KEY = b'\x0a\x08location\x12'
 
 
 class OnnxBackend:
-    """A model on ONNX Runtime; implements `runtime.backend.Backend`."""
+    """A model on ONNX Runtime; implements `runtime.backend.Backend` and `DeviceBackend`."""
 
     def __init__(
         self,
@@ -74,6 +79,13 @@ class OnnxBackend:
             for name in graphs_of(self.config)
         }
         _check_shapes(self._sessions, directory)
+        device = 'cpu' if tuple(providers) == CPU else 'cuda'
+        self._prefill = self._bound('prefill_action', device)
+        self._step = None if 'step' not in self._sessions else self._bound('step', device)
+        self._version = 0
+
+    def _bound(self, graph: str, device: str) -> BoundSession:
+        return BoundSession(self._sessions[graph], OUTPUTS[graph], device)
 
     def vision(self, pixels: Float32[Array, '1 3 h w']) -> Float32[Array, 'n d']:
         """Visual tokens of one picture."""
@@ -135,6 +147,48 @@ class OnnxBackend:
         """The expert's answer at several states."""
         return self._run('propose', x, time, ego, keys, values, valid)[0]
 
+    def condition(
+        self,
+        ids: Int64[Array, '1 p'],
+        embeds: Float32[Array, 'i d'],
+        valid: Float32[Array, '1 p'],
+    ) -> DeviceCache:
+        """Prefill into the slots that `flow` attends to; holds until the next `condition`."""
+        assert self._step is not None
+        for name, array in zip(INPUTS['prefill_action'], (ids, embeds, valid), strict=True):
+            self._prefill.put(name, array)
+        self._prefill.run()
+        for name in OUTPUTS['prefill_action']:
+            self._step.put(name, self._prefill.get(name))
+        self._step.put('valid', valid)
+        self._version += 1
+        return DeviceCache(self._version)
+
+    def flow(
+        self,
+        start: Float32[Array, '1 t 3'],
+        ego: Float32[Array, '1 m'],
+        cache: DeviceCache,
+        steps: int,
+    ) -> Float32[Array, '1 t 3']:
+        """The state at time 1 after `steps` Euler steps; keys and values stay where they are."""
+        bound = self._step
+        assert bound is not None
+        if cache.version != self._version:
+            raise SpanvlaError(
+                'onnxruntime: a later prefill has overwritten these keys; plan anew'
+            )
+        bound.put('ego', ego)
+
+        def velocity(x: Array, when: float) -> Array:
+            bound.put('x', x)
+            bound.put('time', time_features(when)[None])
+            bound.run()
+            return bound.get('velocity')
+
+        found: Float32[Array, '1 t 3'] = euler(velocity, start, steps)
+        return found
+
     def _run(self, graph: str, *arrays: Array) -> list[Array]:
         feed = dict(zip(INPUTS[graph], arrays, strict=True))
         outputs: list[Array] = self._sessions[graph].run(OUTPUTS[graph], feed)
@@ -167,13 +221,19 @@ def _open_session(
         # Its eight-bit products saturate without VNNI, are slower than fp32, and know no fp8.
         options.add_session_config_entry('session.disable_quant_qdq', '1')
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        chosen = [(name, _PROVIDER_OPTIONS.get(name, {})) for name in providers]
+        session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise SpanvlaError(
             f'{path}: ONNX Runtime refuses it ({reason:.200}); run: '
             f'spanvla export --model {directory.path}'
         ) from error
+    if (used := session.get_providers()[0]) != providers[0]:
+        raise SpanvlaError(
+            f'onnxruntime: {providers[0]} does not start here and {used} would run instead; '
+            'check driver and CUDA libraries, or use --backend onnxruntime'
+        )
     names = (
         tuple(i.name for i in session.get_inputs()),
         tuple(o.name for o in session.get_outputs()),

@@ -343,7 +343,7 @@ class Planner:
         if isinstance(self._head, AnswerHead):
             answer = self._reasoner.without_thought(prompt)
             return answer, answer.cache
-        if isinstance(backend, DeviceBackend):
+        if isinstance(backend, DeviceBackend) and config.expert_graph == 'step':
             return None, backend.condition(prompt.ids, prompt.embeds, prompt.valid)
         keys, values = backend.prefill_action(prompt.ids, prompt.embeds, prompt.valid)
         return None, AnswerCache(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from spanvla_ros.model.action_heads import AnswerError
 from spanvla_ros.model.checkpoint import ModelDirectory
 from spanvla_ros.model.flow import load_normalization
 from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
-from spanvla_ros.runtime.eight_bit import Calibration
+from spanvla_ros.runtime.eight_bit import Calibration, Feed
 from spanvla_ros.runtime.onnx_ import INPUTS, OnnxBackend
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.town.scenarios import HELD_OUT_SEED
@@ -75,13 +76,16 @@ def _check_scenes(shards: ShardSet, directory: ModelDirectory) -> None:
         )
 
 
-class _Recorder(OnnxBackend):
-    """The fp32 graphs, remembering what they were asked."""
+class _Recorder:
+    """The fp32 graphs, remembering what they were asked; implements `Backend`."""
+
+    name = 'onnxruntime'
 
     def __init__(self, directory: ModelDirectory) -> None:
-        super().__init__(directory)
-        self.kept: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
-        self._row: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+        self.config = directory.config
+        self._backend = OnnxBackend(directory)
+        self.kept: dict[str, list[Feed]] = defaultdict(list)
+        self._row: dict[str, list[Feed]] = defaultdict(list)
 
     def next_row(self) -> None:
         """Keep some of the calls since the last row."""
@@ -90,8 +94,28 @@ class _Recorder(OnnxBackend):
             self.kept[graph] += [calls[index] for index in some]
         self._row.clear()
 
-    def _run(self, graph: str, *arrays: np.ndarray) -> list[np.ndarray]:
-        # An engine may go on writing into what it was given.
+    def vision(self, *arrays: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._ask('vision', arrays)
+        return found
+
+    def prefill_action(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray] = self._ask('prefill_action', arrays)
+        return found
+
+    def prefill_reason(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray, np.ndarray] = self._ask('prefill_reason', arrays)
+        return found
+
+    def decode(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray, np.ndarray] = self._ask('decode', arrays)
+        return found
+
+    def step(self, *arrays: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._ask('step', arrays)
+        return found
+
+    def _ask(self, graph: str, arrays: tuple[np.ndarray, ...]) -> Any:
+        # The reasoner goes on writing into the cache it gave.
         feed = {name: np.array(a) for name, a in zip(INPUTS[graph], arrays, strict=True)}
         self._row[graph].append(feed)
-        return super()._run(graph, *arrays)
+        return getattr(self._backend, graph)(*arrays)

@@ -90,6 +90,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--compare', type=Path, help='a second model, such as the twin trained without pictures'
     )
+    parser.add_argument(
+        '--compare-backend',
+        help='backend of the second model; without --compare the same model runs on both',
+    )
     parser.add_argument('--closed-loop', action='store_true', help='also drive whole episodes')
     parser.add_argument(
         '--drivers',
@@ -121,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate, write `summary.json` and `index.html`, print one line."""
     evaluation = Evaluation(
         model=_contestant(options.model, options),
-        twin=None if options.compare is None else _contestant(options.compare, options),
+        twin=_twin(options),
         scenes=options.scenes,
         out=options.out,
         families=tuple(options.families),
@@ -216,6 +220,7 @@ def stamp(wanted: Evaluation, shards: ShardSet, chosen: np.ndarray) -> Content:
         'model_sha256': planner.model_sha256,
         'twin_sha256': None if wanted.twin is None else open_planner(wanted.twin).model_sha256,
         'backend': planner.backend.name,
+        'twin_backend': None if wanted.twin is None else open_planner(wanted.twin).backend.name,
         'schedule': planner.schedule,
         'steps': planner.steps,
         'samples': 'single',
@@ -255,6 +260,13 @@ def headline(summary: Content) -> str:
 
 def _contestant(path: Path, options: argparse.Namespace) -> Contestant:
     return Contestant(path, options.backend, options.schedule, options.steps)
+
+
+def _twin(options: argparse.Namespace) -> Contestant | None:
+    if options.compare is None and options.compare_backend is None:
+        return None
+    twin = _contestant(options.compare or options.model, options)
+    return replace(twin, backend=options.compare_backend or options.backend)
 
 
 def _check_scenes(shards: ShardSet, config: ModelConfig, path: Path) -> None:

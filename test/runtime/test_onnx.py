@@ -10,8 +10,10 @@ from onnx import TensorProto, helper
 
 from spanvla_ros.model.checkpoint import load_model_dir, write_manifest
 from spanvla_ros.model.config import dump_config, with_settings
+from spanvla_ros.model.flow import euler, time_features
 from spanvla_ros.runtime.backend import open_backend
-from spanvla_ros.runtime.onnx_ import OnnxBackend, external_locations
+from spanvla_ros.runtime.onnx_ import CUDA, OnnxBackend, external_locations
+from spanvla_ros.runtime.reasoner import padded
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
 
@@ -108,3 +110,42 @@ def test_inputs_of_other_names_are_refused(copy):
     write_manifest(copy)
     with pytest.raises(SpanvlaError, match='not those of vision'):
         open_backend(copy, 'onnxruntime')
+
+
+def test_bound_memory_plans_the_same_as_arrays_handed_over(toy):
+    backend, plain = (OnnxBackend(load_model_dir(toy.path)) for _ in range(2))
+    rng = np.random.default_rng(0)
+    config = toy.config
+    pictures = len(config.cameras) * config.frames_per_camera * config.image_tokens
+    start = rng.standard_normal((1, config.waypoints, 3)).astype(np.float32)
+    ego = rng.standard_normal((1, 20)).astype(np.float32)
+    for _ in range(2):
+        ids = rng.integers(0, 100, (1, config.prompt_tokens))
+        embeds = rng.random((pictures, 4), dtype=np.float32)
+        valid = (rng.random((1, config.prompt_tokens)) < 0.8).astype(np.float32)
+        cache = backend.condition(ids, embeds, valid)
+        keys, values = (
+            padded(part, config.sequence_tokens)
+            for part in plain.prefill_action(ids, embeds, valid)
+        )
+        seen = np.pad(valid, ((0, 0), (0, config.answer_room)))
+
+        def velocity(x, when):
+            return plain.step(x, time_features(when)[None], ego, keys, values, seen)  # noqa: B023
+
+        found = backend.flow(start, ego, cache, 3)
+        np.testing.assert_array_equal(found, euler(velocity, start, 3))
+    backend.condition(ids, embeds, valid)
+    with pytest.raises(SpanvlaError, match='a later prefill'):
+        backend.flow(start, ego, cache, 3)
+
+
+def test_a_provider_that_quietly_became_another_is_refused(toy, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: [*CUDA])
+    with (
+        pytest.warns(UserWarning, match='CUDAExecutionProvider'),
+        pytest.raises(SpanvlaError, match='does not start here'),
+    ):
+        OnnxBackend(load_model_dir(toy.path), providers=CUDA)

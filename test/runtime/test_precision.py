@@ -1,6 +1,7 @@
 """Lower precisions: against arithmetic by hand, on the shipped model, and through the gate."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from spanvla_ros.model.checkpoint import load_model_dir, shipped_model_dir
-from spanvla_ros.runtime import eight_bit, graph_files, halves
+from spanvla_ros.runtime import backend, eight_bit, graph_files, halves
 from spanvla_ros.runtime.backend import open_backend
 from spanvla_ros.runtime.eight_bit import Calibration, inner_products, quantised
 from spanvla_ros.runtime.engines import WAYPOINT_BOUNDS_M
@@ -198,10 +199,10 @@ def test_the_shipped_model_in_fp16_plans_within_two_centimetres(shipped, tmp_pat
     directory = load_model_dir(tmp_path / 'model')
     assert directory.precisions == ('fp32', 'fp16')
     assert directory.graph_notes['fp16'] == {'waypoint_difference_m': found.difference_m}
-    backend = open_backend(directory, 'onnxruntime:fp16')
-    assert backend.name == 'onnxruntime:fp16'
+    engine = open_backend(directory, 'onnxruntime:fp16')
+    assert engine.name == 'onnxruntime:fp16'
     pixels = np.zeros((1, 3, shipped.config.height_px, shipped.config.width_px), np.float32)
-    assert backend.vision(pixels).dtype == np.float32
+    assert engine.vision(pixels).dtype == np.float32
     # The fp32 graphs are as they were.
     assert {k: v for k, v in directory.files.items() if 'fp16' not in k} == shipped.files
 
@@ -265,6 +266,16 @@ def test_engines_without_tensorrt_are_refused_before_anything_is_exported(
     assert cli.main([*arguments, '--target', 'tensorrt']) == 2
     assert 'spanvla_ros[gpu]' in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_auto_passes_by_a_gpu_that_plans_otherwise(shipped, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(backend, '_load_onnxruntime_cuda', backend._load_onnxruntime)
+    assert backend._load_agreeing_cuda(shipped).name == 'onnxruntime'
+    monkeypatch.setitem(WAYPOINT_BOUNDS_M, 'fp32', 1e-9)
+    assert open_backend(shipped).name == 'onnxruntime'
+    assert 'backend onnxruntime-cuda refused' in caplog.text
+    assert 'differs from the golden plans' in caplog.text
 
 
 def test_a_precision_that_was_not_exported_names_the_command(shipped):

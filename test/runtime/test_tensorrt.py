@@ -579,7 +579,6 @@ def observation(config, stamp_ns):
 def test_all_five_functions_give_what_the_graphs_compute(gpu, directory):
     backend, reference = TensorRTBackend(directory), OnnxBackend(directory)
     assert isinstance(backend, DeviceBackend)
-    assert not isinstance(reference, DeviceBackend)
     config, rng = directory.config, np.random.default_rng(2)
     ids, embeds, valid = prompt(config)
     slots = config.sequence_tokens

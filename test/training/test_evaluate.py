@@ -86,6 +86,16 @@ def test_the_summary_holds_every_number_with_its_interval(model, scenes, tmp_pat
     assert 'http' not in page.replace('http://www.w3.org', '')
 
 
+def test_two_backends_of_one_model_are_compared_row_by_row(model, scenes, tmp_path):
+    words = ('--schedule', 'off', '--rows', '6', '--compare-backend', 'onnxruntime')
+    _, summary = measured(model, scenes, tmp_path, *words)
+    assert summary['stamp']['twin_sha256'] == summary['stamp']['model_sha256']
+    assert summary['stamp']['twin_backend'] == 'onnxruntime'
+    found = summary['open_loop_twin_minus_model']['ade_m']
+    assert (found['mean'], found['low'], found['high']) == (0.0, 0.0, 0.0)
+    assert summary['scores_model_minus']['twin']['pdms']['mean'] == 0.0
+
+
 def test_the_same_model_and_scenes_give_the_same_summary(model, scenes, tmp_path):
     words = ('--schedule', 'off', '--rows', '6')
     _, first = measured(model, scenes, tmp_path / 'a', *words)
