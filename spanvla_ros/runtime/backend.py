@@ -254,8 +254,8 @@ def open_backend(model_dir: str | Path | ModelDirectory, name: str = 'auto') -> 
         model_dir: the model directory, or one already verified.
         name: `tensorrt`, `onnxruntime-cuda`, `onnxruntime` (CPU), `torch`, or `auto`: the first
             of these that can run the model here; why each one before it was refused is logged.
-            The others are taken only when named. Those of ONNX Runtime also run
-            graphs of another precision: `onnxruntime:int8`.
+            The others are taken only when named. Those of ONNX Runtime also run graphs of another
+            precision: `onnxruntime:int8`.
 
     Raises:
         SpanvlaError: an unknown engine, a directory that does not verify, or a missing library.
