@@ -22,7 +22,8 @@ import numpy as np
 from spanvla_ros.controls import CarlaCar, set_stamp
 from spanvla_ros.model.config import CameraSpec
 from spanvla_ros.town.camera import Renderer
-from spanvla_ros.town.traffic import SPEED_RESPONSE_S, World
+from spanvla_ros.town.motion import SPEED_RESPONSE_S
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import DriveCommand
 
 TICK_S = 0.05
