@@ -94,7 +94,7 @@ class CutIn(Family):
         trigger, slow = draft.within(r.cut_in_gap_m), draft.within(r.cut_in_slow_mps)
         trigger += 1.2 * max(0.0, slow - 2.0)
         cruise, hold = draft.within(r.cut_in_cruise_mps), draft.within((0.8, 2.0))
-        events = (BrakeEvent(-math.inf, trigger, 3.0, slow, hold),)
+        events: tuple[BrakeEvent, ...] = (BrakeEvent(-math.inf, trigger, 3.0, slow, hold),)
         if draft.chance(r.cut_in_brakes_share):
             at = place + 12.0 + draft.within((0.0, 20.0))
             decel = draft.within(r.lead_decel_mps2)

@@ -17,7 +17,8 @@ from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.safety.follower import Follower
 from spanvla_ros.safety.state import Counts, Guardian, GuardianOutput
 from spanvla_ros.town.camera import Renderer
-from spanvla_ros.town.traffic import Outcome, World
+from spanvla_ros.town.outcome import Outcome
+from spanvla_ros.town.traffic import World
 from spanvla_ros.types import CameraFrame, EgoState, Observation, Plan, PlanError, SpanvlaError
 
 STEP_S = 0.05

@@ -255,7 +255,7 @@ class Corridor:
     @cached_property
     def areas(self) -> tuple[Float64[np.ndarray, '4 2'], ...]:
         """Convex drivable areas besides the stretches: junctions and arms."""
-        found = []
+        found: list[np.ndarray] = []
         for junction in self.junctions:
             found.extend(junction.areas)
             found.extend(arm.area() for arm in junction.arms)
@@ -433,9 +433,9 @@ def _roundabout(
         taken = (plan.turn, turn) in (('straight', 0.0), ('right', -math.pi / 2))
         if wanted and not taken:
             reach = plan.ring_m + OUT_M - 0.5
-            pose = world_from_local((*left, towards), [reach * math.cos(turn),
-                                                       reach * math.sin(turn), turn])  # fmt: skip
-            arm = Arm((pose[0], pose[1], towards + turn), 1, 1, plan.arm_m)
+            out = [reach * math.cos(turn), reach * math.sin(turn), turn]
+            x, y, _ = world_from_local((*left, towards), out).tolist()
+            arm = Arm((x, y, towards + turn), 1, 1, plan.arm_m)
             arms.append(_shorten(corridor, arm, start_m, end_m))
     half = plan.ring_m + OUT_M
     square = [[-half, -half], [half, -half], [half, half], [-half, half]]
