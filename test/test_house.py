@@ -50,7 +50,7 @@ TORCH_HOMES = (
     'model/expert.py',
     'model/policy.py',
     'model/heads.py',
-    'runtime/torch_.py',
+    'runtime/torch_',
     'runtime/export',
     'training/',
 )
