@@ -81,8 +81,12 @@ def time_chart(
     unit: str,
     limits: Sequence[Limit] = (),
     height: int = 170,
+    across: str = 's',
 ) -> str:
-    """Lines over a common time axis, from zero up, with a legend and values under the pointer."""
+    """Lines over a common axis of time, from zero up, with a legend and values at the pointer.
+
+    `across` is the unit of the axis, for lines over something else than time.
+    """
     shown = [_thinned(line) for line in series]
     from_s, to_s = _range([line.times_s for line in shown])
     low, high = _range([line.values for line in shown])
@@ -96,7 +100,7 @@ def time_chart(
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (height - TOP - BOTTOM)
 
-    parts = [_grid(ticks, nice_ticks(from_s, to_s, 8), x, y, height)]
+    parts = [_grid(ticks, nice_ticks(from_s, to_s, 8), x, y, height, across)]
     for limit in limits:
         at = y(limit.value)
         parts.append(
@@ -117,6 +121,7 @@ def time_chart(
     )
     data = {
         'unit': unit,
+        'across': across,
         'width': WIDTH,
         'left': LEFT,
         'right': WIDTH - RIGHT,
@@ -258,7 +263,9 @@ def _shape(shape: Shape) -> str:
     )
 
 
-def _grid(ticks: list[float], times: list[float], x: Axis, y: Axis, height: int) -> str:
+def _grid(
+    ticks: list[float], times: list[float], x: Axis, y: Axis, height: int, across: str
+) -> str:
     rows = ''.join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" '
         f'stroke="var(--grid)"/><text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">'
@@ -266,7 +273,8 @@ def _grid(ticks: list[float], times: list[float], x: Axis, y: Axis, height: int)
         for tick in ticks
     )
     marks = ''.join(
-        f'<text x="{x(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:g} s</text>'
+        f'<text x="{x(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:g} '
+        f'{escape(across)}</text>'
         for tick in times
         if LEFT - 1 <= x(tick) <= WIDTH - RIGHT + 1
     )

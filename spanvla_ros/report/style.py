@@ -98,7 +98,7 @@ x=(event.clientX-box.left)/box.width*data.width,
 t=data.from+(x-data.left)/(data.right-data.left)*(data.to-data.from);
 if(t<data.from||t>data.to)return;
 rule.setAttribute('x1',x);rule.setAttribute('x2',x);rule.style.display='';
-tip.innerHTML='<b>'+t.toFixed(2)+' s</b>'+data.series.map(s=>{let k=0;
+tip.innerHTML='<b>'+t.toFixed(2)+' '+data.across+'</b>'+data.series.map(s=>{let k=0;
 while(k+1<s.t.length&&Math.abs(s.t[k+1]-t)<=Math.abs(s.t[k]-t))k++;
 return s.t.length?'<br>'+s.name+': '+s.v[k]+' '+data.unit:''}).join('');
 tip.style.display='block';const left=(event.clientX-box.left)+14;

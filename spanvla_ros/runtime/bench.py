@@ -7,8 +7,8 @@ one. Graphs run on one thread. Floors: `runtime.roofline`.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,8 @@ from spanvla_ros.model.checkpoint import (
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.model.flow import load_normalization
 from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
-from spanvla_ros.runtime.backend import Backend, open_backend
+from spanvla_ros.runtime.backend import LOADERS, Backend, open_backend
+from spanvla_ros.runtime.memory_bench import measure_memory
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.runtime.roofline import Ceiling, measure_ceiling, work_of
 from spanvla_ros.runtime.timing import (
@@ -39,13 +40,14 @@ from spanvla_ros.runtime.timing import (
     time_in_turns,
     write_summary,
 )
-from spanvla_ros.types import CameraFrame, EgoState, Observation
+from spanvla_ros.types import CameraFrame, EgoState, Observation, SpanvlaError
 
 REPEATS = 100
 STEPS = (1, 2, 5, 10)
 CAMERA_HZ = 15.0
 FRAME_NS = 100_000_000
-PAGE_BYTES = resource.getpagesize()
+FRAME_STAGES = ('vision', 'prefill_action', 'step')
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--backend', default='auto', help='engine to measure (default: auto)')
     parser.add_argument('--against', help='a second engine, measured in turns with the first')
     parser.add_argument('--repeats', type=int, default=REPEATS, help='runs of each stage')
+    parser.add_argument(
+        '--frames', type=int, default=0, help='plans to watch memory over (default: --repeats)'
+    )
     parser.add_argument('--budget', type=budget_ms, help='time for a frame, such as 100ms')
     sized = parser.add_argument_group('with --size')
     sized.add_argument('--device', default='cuda', choices=('cuda', 'cpu'), help='where to run')
@@ -107,33 +112,72 @@ def run_model_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, Any
         'stages': {name: rows(timings) for name, timings in stages.items()},
         'plan': rows(plans),
         'steps_sweep': {name: rows(_sweep(timings, config)) for name, timings in stages.items()},
-        'memory': _memory(directory, backends[first], repeats),
+        'memory': asdict(
+            measure_memory(planning(directory, backends[first]), options.frames or repeats)
+        ),
     }
     if options.budget is not None:
         summary['budget_ms'] = options.budget
-        summary['proposal'] = asdict(propose(stages[first], config, options.budget))
+        measured = _in_precisions(directory, backends[first], stages[first], repeats)
+        summary['proposal'] = asdict(propose(measured, config, options.budget))
     write_summary(out_dir, summary)
     sys.stdout.write(_table(summary))
     return summary
 
 
-def propose(stages: Mapping[str, Timing], config: ModelConfig, budget: float) -> Proposal:
-    """Most steps, then most frequent vision, whose frame ends within the budget at p99.
+def propose(
+    measured: Mapping[str, Mapping[str, Timing]], config: ModelConfig, budget: float
+) -> Proposal:
+    """The widest precision, and in it the most steps, whose frame ends within the budget at p99.
 
-    Between vision frames only the flow runs, on K/V no older than `kv_max_age_s`; a vision frame
-    itself must fit, or the plan of that frame is late and `fits` is False.
+    Precision is given up before steps fall below the model's own, and these before vision waits:
+    between vision frames only the flow runs, on K/V no older than `kv_max_age_s`, but a vision
+    frame itself must fit, or the plan of that frame is late and `fits` is False.
+
+    Args:
+        measured: times of the stages in each precision, the widest first.
+        config: of the model.
+        budget: time for a frame in ms.
     """
     pictures = len(config.cameras) * config.frames_per_camera
-    seen_ms = pictures * stages['vision'].p99_ms + stages['prefill_action'].p99_ms
-    step_ms = stages['step'].p99_ms
+    seen_ms = {
+        name: pictures * stages['vision'].p99_ms + stages['prefill_action'].p99_ms
+        for name, stages in measured.items()
+    }
+    step_ms = {name: stages['step'].p99_ms for name, stages in measured.items()}
+    choices = sorted({*STEPS, config.steps}, reverse=True)
+    enough = [steps for steps in choices if steps >= config.steps]
+    for allowed in (enough, choices):
+        for name in measured:
+            for steps in allowed:
+                frame_ms = seen_ms[name] + steps * step_ms[name]
+                if frame_ms <= budget:
+                    return Proposal(steps, 1, name, frame_ms, frame_ms, fits=True)
+    fastest = min(measured, key=lambda name: seen_ms[name] + step_ms[name])
     oldest = max(1, int(config.kv_max_age_s * CAMERA_HZ))
-    for steps in sorted({*STEPS, config.steps}, reverse=True):
-        if seen_ms + steps * step_ms <= budget:
-            frame_ms = seen_ms + steps * step_ms
-            return Proposal(steps, 1, 'as measured', frame_ms, frame_ms, fits=True)
-    frame_ms = seen_ms + step_ms
-    mean_ms = seen_ms / oldest + step_ms
-    return Proposal(1, oldest, 'lower than measured', frame_ms, mean_ms, fits=False)
+    frame_ms = seen_ms[fastest] + step_ms[fastest]
+    mean_ms = seen_ms[fastest] / oldest + step_ms[fastest]
+    return Proposal(1, oldest, fastest, frame_ms, mean_ms, fits=False)
+
+
+def _in_precisions(
+    directory: ModelDirectory, backend: Backend, stages: Mapping[str, Timing], repeats: int
+) -> dict[str, Mapping[str, Timing]]:
+    """The measured stages, and those of the same engine in other precisions of the model."""
+    engine, _, chosen = backend.name.partition(':')
+    found: dict[str, Mapping[str, Timing]] = {}
+    for precision in directory.precisions:
+        if precision == (chosen or 'fp32'):
+            found[precision] = stages
+        elif f'{engine}:{precision}' in LOADERS:
+            try:
+                other = open_backend(directory, f'{engine}:{precision}')
+            except SpanvlaError as error:
+                _log.info('%s', error)
+                continue
+            calls = stage_calls(other)
+            found[precision] = time_in_turns({s: calls[s] for s in FRAME_STAGES}, repeats)
+    return found or {chosen or 'fp32': stages}
 
 
 def _floors(directory: ModelDirectory, ceiling: Ceiling) -> dict[str, float]:
@@ -190,25 +234,6 @@ def _sweep(stages: Mapping[str, Timing], config: ModelConfig) -> dict[str, Timin
     return {str(steps): Timing(*(frame(steps, field) for field in fields)) for steps in STEPS}
 
 
-def _memory(directory: ModelDirectory, backend: Backend, frames: int) -> dict[str, float]:
-    """Resident memory, and what many plans after warming up add to it."""
-    plan = planning(directory, backend)
-    plan()
-    before = _resident_mb()
-    for _ in range(frames):
-        plan()
-    return {
-        'resident_mb': _resident_mb(),
-        'growth_mb': _resident_mb() - before,
-        'frames': frames,
-        'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-    }
-
-
-def _resident_mb() -> float:
-    return int(Path('/proc/self/statm').read_text().split()[1]) * PAGE_BYTES / 1e6
-
-
 def _table(summary: Mapping[str, Any]) -> str:
     lines = [f'{"":<28}{"p50 ms":>9}{"p99":>9}{"max":>9}{"CPU ms":>9}{"floor":>8}{"x":>6}']
     shown = [
@@ -226,6 +251,12 @@ def _table(summary: Mapping[str, Any]) -> str:
         if row['floor_ms'] is not None:
             line += f'{row["floor_ms"]:8.2f}{row["multiple_of_floor"]:6.1f}'
         lines.append(line)
+    memory = summary['memory']
+    lines.append(
+        f'memory over {memory["frames"]} frames: {memory["resident_mb"]:.1f} MB, grown by '
+        f'{memory["growth_mb"]:+.2f} MB, lately {memory["slope_mb"]:+.3f} MB a 1000 frames, '
+        f'{memory["blocks"]:+d} blocks, {memory["traced_bytes"]:+.1f} bytes a frame'
+    )
     if 'proposal' in summary:
         chosen = summary['proposal']
         lines.append(

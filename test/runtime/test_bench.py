@@ -16,6 +16,7 @@ from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.runtime.bench import budget_ms, propose
 from spanvla_ros.runtime.decoder_shapes import DecoderShape, decoder_graph
 from spanvla_ros.runtime.gate import check_graph
+from spanvla_ros.runtime.memory_bench import measure_memory
 from spanvla_ros.runtime.onnx_ import OnnxBackend
 from spanvla_ros.runtime.roofline import Ceiling, Work, measure_ceiling, work_of
 from spanvla_ros.runtime.timing import Timing, stage_calls, time_in_turns
@@ -152,10 +153,37 @@ def stages(vision, prefill, step):
 )
 def test_a_proposal_keeps_the_budget_with_most_steps(budget, steps, every, fits):
     # Three pictures of 10 ms, a prefill of 10 ms, 5 ms a step.
-    found = propose(stages(10.0, 10.0, 5.0), ModelConfig(), budget)
+    found = propose({'fp32': stages(10.0, 10.0, 5.0)}, ModelConfig(), budget)
     assert (found.steps, found.vision_every, found.fits) == (steps, every, fits)
     assert found.frame_ms == 40.0 + 5.0 * steps
     assert (found.frame_ms <= budget) == fits
+
+
+@pytest.mark.parametrize(
+    ('budget', 'precision', 'steps'),
+    [(100.0, 'fp32', 10), (60.0, 'int8', 10), (45.0, 'int8', 5), (36.0, 'int8', 2)],
+)
+def test_precision_is_given_up_before_steps_fall_below_the_models_own(budget, precision, steps):
+    measured = {'fp32': stages(10.0, 10.0, 5.0), 'int8': stages(6.0, 6.0, 3.0)}
+    found = propose(measured, ModelConfig(), budget)
+    assert (found.precision, found.steps, found.fits) == (precision, steps, True)
+
+
+def test_where_no_precision_fits_the_fastest_is_named():
+    measured = {'fp32': stages(10.0, 10.0, 5.0), 'int8': stages(6.0, 6.0, 3.0)}
+    found = propose(measured, ModelConfig(), 20.0)
+    assert (found.precision, found.frame_ms, found.fits) == ('int8', 27.0, False)
+
+
+@pytest.mark.parametrize(('kept', 'grows'), [(0, False), (4096, True)])
+def test_memory_that_is_kept_shows(kept, grows):
+    hoard = []
+    found = measure_memory(lambda: hoard.append(bytearray(kept)) if kept else None, 400)
+    assert found.frames == 400
+    assert found.samples[0][0] == 0
+    assert found.samples[-1][0] == 400
+    assert (found.traced_bytes > 4000) == grows
+    assert (found.blocks > 350) == grows
 
 
 def test_the_model_bench_writes_what_it_measured(toy, tmp_path, capsys):
@@ -209,7 +237,11 @@ def test_bad_options_are_one_sentence_and_leave_nothing(toy, tmp_path, wrong, ca
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_ten_thousand_frames_of_the_toy(toy, tmp_path):
-    arguments = ['bench', '--only', 'model', '--model', str(toy.path), '--repeats', '10000']
+    arguments = ['bench', '--only', 'model', '--model', str(toy.path), '--repeats', '3']
+    arguments += ['--frames', '10000']
     assert cli.main([*arguments, '--backend', 'onnxruntime', '--out', str(tmp_path)]) == 0
     memory = json.loads((tmp_path / 'summary.json').read_text())['memory']
     assert memory['growth_mb'] < 8.0
+    assert abs(memory['slope_mb']) < 0.5
+    assert abs(memory['blocks']) < 500
+    assert abs(memory['traced_bytes']) < 64.0
