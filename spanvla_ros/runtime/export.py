@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 from spanvla_ros.model.action_heads import expert_draws
-from spanvla_ros.model.backbone import aligned
 from spanvla_ros.model.checkpoint import (
     GRAPHS_DIR,
     ModelDirectory,
@@ -48,6 +47,7 @@ from spanvla_ros.runtime.golden import GOLDEN_FILE
 from spanvla_ros.runtime.graph_files import GraphWriter
 from spanvla_ros.runtime.onnx_ import INPUTS, OUTPUTS, OnnxBackend
 from spanvla_ros.runtime.torch_ import TorchBackend, graph_modules
+from spanvla_ros.runtime.torch_cuda import ALIGNED, align_eyes
 from spanvla_ros.types import SpanvlaError
 
 OPSET = 20
@@ -107,9 +107,9 @@ def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
     examples = example_inputs(policy)
     writer = GraphWriter(folder)
     counts: dict[str, int] = {}
-    with aligned(policy.backbone.network):
-        for name, module in graph_modules(policy).items():
-            counts[name] = writer.write(name, trace(module, name, examples[name]))
+    align_eyes(policy, ALIGNED)
+    for name, module in graph_modules(policy).items():
+        counts[name] = writer.write(name, trace(module, name, examples[name]))
     for name in graphs_of(policy.config):
         check_graph(folder / f'{name}.onnx')
     return counts

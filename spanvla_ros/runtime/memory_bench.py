@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 PAGE_BYTES = resource.getpagesize()
-# The cache of pictures is full after two seconds of them, and pools settle.
-WARM_FRAMES = 50
+# The cache of pictures is full after two seconds of them; numpy's pools fill more slowly.
+WARM_FRAMES = 200
 SAMPLES = 20
-TRACED_FRAMES = 200
+TRACED_FRAMES = 500
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _traced_bytes(plan: Callable[[], object], frames: int) -> float:
     """Bytes alive that one frame adds, once all that a frame replaces was made under tracing."""
     tracemalloc.start()
     try:
-        for _ in range(min(WARM_FRAMES, frames)):
+        for _ in range(frames):
             plan()
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()

@@ -12,8 +12,6 @@ pytest.importorskip('onnxscript')
 import onnx  # noqa: E402
 
 from spanvla_ros.model.action_tokens import ActionCodebook  # noqa: E402
-from spanvla_ros.model.backbone import aligned  # noqa: E402
-from spanvla_ros.model.backbone.attention import feed_forward  # noqa: E402
 from spanvla_ros.model.checkpoint import GRAPHS, read_tensors  # noqa: E402
 from spanvla_ros.model.config import ModelConfig  # noqa: E402
 from spanvla_ros.model.flow import Normalization  # noqa: E402
@@ -88,22 +86,3 @@ def test_onnx_runtime_joins_every_norm_and_gate_of_a_graph(policy, tmp_path):
     assert joined['SimplifiedLayerNormalization'] == 2 * blocks + 1
     assert joined['QuickGelu'] == blocks + 2
     assert joined['Sqrt'] == joined['Pow'] == joined['Sigmoid'] == 0
-
-
-def test_widened_layers_give_the_same_and_go_back():
-    class Gated(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.gate_proj = torch.nn.Linear(8, inner)
-            self.up_proj = torch.nn.Linear(8, inner)
-            self.down_proj = torch.nn.Linear(inner, 8)
-
-    network = torch.nn.ModuleList([Gated(27 * 128 - 36), Gated(32)])
-    x = torch.randn(3, 8)
-    before = [feed_forward(layer, x) for layer in network]
-    with torch.no_grad(), aligned(network):
-        assert [layer.up_proj.out_features for layer in network] == [3456, 32]
-        for layer, exact in zip(network, before, strict=True):
-            torch.testing.assert_close(feed_forward(layer, x), exact, rtol=1e-5, atol=1e-6)
-    assert network[0].down_proj.in_features == 3420
-    assert all(parameter.requires_grad for parameter in network.parameters())

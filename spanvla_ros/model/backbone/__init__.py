@@ -12,7 +12,6 @@ from torch import nn
 
 from spanvla_ros.model.backbone.attention import (
     MASKED,
-    aligned,
     attend,
     join_heads,
     rms_norm,
@@ -33,7 +32,6 @@ __all__ = [
     'MASKED',
     'Backbone',
     'Prefix',
-    'aligned',
     'attend',
     'draw_weights',
     'join_heads',

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 MASKED = -30000.0
-# A product whose width is no multiple of the first has slow kernels, or none in eight bits.
-WIDTH_MULTIPLE, PADDED_MULTIPLE = 16, 64
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
@@ -67,33 +62,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         bias = bias.to(q.dtype)
     seen = functional.scaled_dot_product_attention(q, k, v, bias)
     return seen.reshape(batch, heads, length, size) if groups > 1 else seen
-
-
-@contextmanager
-def aligned(network: nn.Module) -> Iterator[None]:
-    """A network whose gated feed-forward layers are widened with zeros to a width kernels like.
-
-    Exact: what is added is silu(0) * 0. Qwen2.5-VL's vision layers go from 3420 to 3456.
-    """
-    layers = [m for m in network.modules() if isinstance(getattr(m, 'gate_proj', None), nn.Linear)]
-    kept = [(layer, layer.gate_proj, layer.up_proj, layer.down_proj) for layer in layers]
-    try:
-        for layer, gate, up, down in kept:
-            if gate.out_features % WIDTH_MULTIPLE:
-                more = -gate.out_features % PADDED_MULTIPLE
-                layer.gate_proj, layer.up_proj = _widened(gate, 0, more), _widened(up, 0, more)
-                layer.down_proj = _widened(down, more, 0)
-        yield
-    finally:
-        for layer, gate, up, down in kept:
-            layer.gate_proj, layer.up_proj, layer.down_proj = gate, up, down
-
-
-def _widened(linear: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
-    """The same layer with so many inputs and outputs more, all zero."""
-    weight = functional.pad(linear.weight.detach(), (0, inputs, 0, outputs))
-    wide = nn.Linear(weight.shape[1], weight.shape[0], linear.bias is not None, dtype=weight.dtype)
-    wide.weight = nn.Parameter(weight, requires_grad=False)
-    if linear.bias is not None:
-        wide.bias = nn.Parameter(functional.pad(linear.bias.detach(), (0, outputs)))
-    return wide
