@@ -85,6 +85,15 @@ COMMANDS = {
             'spanvla scenes --count 200 --seed 1000000 --out out/held_out',
         ),
     ),
+    'navsim': Command(
+        'spanvla_ros.training.navsim.command',
+        'turn logs and metric caches of NAVSIM into scenes and training rows',
+        (
+            'spanvla navsim --logs navsim_logs/test --cache metric_cache --out out/navsim',
+            'spanvla navsim --logs navsim_logs/trainval --cache metric_cache '
+            '--sensors sensor_blobs/trainval --out out/navsim',
+        ),
+    ),
     'train': Command(
         'spanvla_ros.training.command',
         'run one training stage; it can be resumed',

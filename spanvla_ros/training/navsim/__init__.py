@@ -1,0 +1,1 @@
+"""NAVSIM's logs and metric caches, read offline into scenes and samples."""
