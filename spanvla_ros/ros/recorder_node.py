@@ -2,7 +2,8 @@
 
 Messages are never deserialized here. They carry the time at which the middleware received them,
 not the time at which Python got round to them, so that gaps measured from the file are the
-publisher's.
+publisher's. That is also why they may wait in the middleware: they are taken a few at a time, as
+waking up for each of some two hundred a second costs ten times as much as taking it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import AccelWithCovarianceStamped, Twist
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
+from rclpy.callback_groups import CallbackGroup
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
@@ -33,8 +40,11 @@ from spanvla_ros.ros.parameters import RecorderSettings, declare
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.safety.clock import CLOCK_BACKWARDS, ClockWatch
 
-BEST_EFFORT = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
-RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+DEPTH = 100
+# The fastest topic leaves a few messages in this time, of the DEPTH that there is room for.
+TAKE_PERIOD_S = 0.05
+BEST_EFFORT = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
+RELIABLE = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(
     depth=10,
     reliability=ReliabilityPolicy.RELIABLE,
@@ -59,13 +69,61 @@ TOPICS: tuple[tuple[str, type, tuple[QoSProfile, ...]], ...] = (
     ('/diagnostics', DiagnosticArray, (RELIABLE,)),
 )
 
+# Topic, type, time of reception in nanoseconds, data.
+Item = tuple[str, str, int, bytes]
+
+
+class ByHand(CallbackGroup):
+    """Subscriptions that the executor leaves alone; their QoS events it handles as ever."""
+
+    def can_execute(self, entity: Any) -> bool:
+        """Whether the executor may run an entity."""
+        return not isinstance(entity, Subscription)
+
+    def beginning_execution(self, entity: Any) -> bool:
+        """Let it run."""
+        return True
+
+    def ending_execution(self, entity: Any) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class Source:
+    """One subscription and how its messages are called in the file.
+
+    `latest` is shared by the two subscriptions of a latched topic: a latched publisher answers
+    both. None where there is but one.
+    """
+
+    topic: str
+    kind: str
+    subscription: Subscription[Any]
+    latest: list[bytes] | None
+
+    def take(self) -> Iterator[Item]:
+        """What has come since the last call."""
+        handle, message_type = self.subscription.handle, self.subscription.msg_type
+        for _ in range(DEPTH):
+            # True: as bytes.
+            taken = handle.take_message(message_type, True)  # noqa: FBT003
+            if taken is None:
+                return
+            data, info = taken
+            if self.latest is not None:
+                if self.latest[0] == data:
+                    continue
+                self.latest[0] = data
+            stamp_ns = int(info.get('received_timestamp') or 0) or time.time_ns()
+            yield self.topic, self.kind, stamp_ns, data
+
 
 class Recent:
     """The messages of the last seconds, for `save_incident`."""
 
     def __init__(self, span_s: float, limit_bytes: int, clock: ClockWatch) -> None:
         """Keep what is at most `span_s` old and together at most `limit_bytes`."""
-        self.items: deque[tuple[str, str, int, bytes]] = deque()
+        self.items: deque[Item] = deque()
         self._span_ns = round(span_s * 1e9)
         self._limit_bytes = limit_bytes
         self._bytes = 0
@@ -80,8 +138,8 @@ class Recent:
             self._bytes = 0
         return jump
 
-    def add(self, item: tuple[str, str, int, bytes]) -> None:
-        """Take the newest message: topic, type, time of reception in nanoseconds, data."""
+    def add(self, item: Item) -> None:
+        """Take the newest message."""
         self.items.append(item)
         self._bytes += len(item[3])
         oldest_ns = item[2] - self._span_ns
@@ -97,9 +155,7 @@ class RecorderNode(Node):
         super().__init__('recorder')
         self.settings = declare(self, RecorderSettings)
         self._file = BagFile(self.settings.out)
-        self._queue: queue.Queue[tuple[str, str, int, bytes] | tuple[()] | Path | None] = (
-            queue.Queue()
-        )
+        self._queue: queue.Queue[list[Item] | Path | None] = queue.Queue()
         self._recent = Recent(
             self.settings.incident_s,
             self.settings.incident_mb * 2**20,
@@ -110,7 +166,8 @@ class RecorderNode(Node):
         self._written = 0
         self._flushed_s = 0.0
         self._fault = ''
-        self._latest_latched: dict[str, bytes] = {}
+        self._by_hand = ByHand()
+        self._sources: list[Source] = []
         for topic, kind, profiles in TOPICS:
             self._record(topic, kind, profiles)
         for camera in self.settings.cameras:
@@ -121,27 +178,28 @@ class RecorderNode(Node):
         self.create_service(Trigger, '~/save_incident', self._on_save_incident)
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
+        self.create_timer(TAKE_PERIOD_S, self._take)
         self._thread = threading.Thread(target=self._run_writer, name='writer', daemon=True)
         self._thread.start()
 
     def _record(self, topic: str, kind: type, profiles: tuple[QoSProfile, ...]) -> None:
         name = self.resolve_topic_name(topic)
         package = kind.__module__.split('.')[0]
-        take = self._taker(name, f'{package}/msg/{kind.__name__}', twice=len(profiles) > 1)
+        latest = [b''] if len(profiles) > 1 else None
         for profile in profiles:
-            self.create_subscription(kind, topic, take, profile, raw=True)
+            subscription = self.create_subscription(
+                kind, topic, _untaken, profile, callback_group=self._by_hand, raw=True
+            )
+            self._sources.append(
+                Source(name, f'{package}/msg/{kind.__name__}', subscription, latest)
+            )
 
-    def _taker(self, topic: str, kind: str, *, twice: bool) -> Callable[..., None]:
-        def take(data: bytes, info: dict[str, int]) -> None:
-            # A latched publisher answers both a latched and a volatile subscription.
-            if twice:
-                if self._latest_latched.get(topic) == data:
-                    return
-                self._latest_latched[topic] = data
-            stamp_ns = int(info.get('received_timestamp') or 0) or time.time_ns()
-            self._queue.put((topic, kind, stamp_ns, data))
-
-        return take
+    def _take(self) -> None:
+        """Hand what has come to the writer, in the order of reception."""
+        batch = [item for source in self._sources for item in source.take()]
+        if batch:
+            batch.sort(key=itemgetter(2))
+            self._queue.put(batch)
 
     def _run_writer(self) -> None:
         while self._write_next():
@@ -152,7 +210,7 @@ class RecorderNode(Node):
         try:
             item = self._queue.get(timeout=self.settings.flush_s)
         except queue.Empty:
-            item = ()
+            item = []
         now_ns = time.time_ns()
         jump = self._recent.watch(now_ns)
         if jump is not None:
@@ -162,7 +220,7 @@ class RecorderNode(Node):
         try:
             if isinstance(item, Path):
                 self._write_incident(item)
-            elif item:
+            else:
                 self._write(item)
             if not item or time.monotonic() - self._flushed_s >= self.settings.flush_s:
                 self._file.flush()
@@ -172,10 +230,11 @@ class RecorderNode(Node):
             self._fault = f'writing failed: {error}'
         return True
 
-    def _write(self, item: tuple[str, str, int, bytes]) -> None:
-        self._file.write(*item)
-        self._written += 1
-        self._recent.add(item)
+    def _write(self, batch: list[Item]) -> None:
+        for item in batch:
+            self._file.write(*item)
+            self._written += 1
+            self._recent.add(item)
 
     def _write_incident(self, path: Path) -> None:
         incident = BagFile(path)
@@ -194,26 +253,36 @@ class RecorderNode(Node):
         except OSError as error:
             response.success, response.message = False, f'{folder}: {error}'
             return response
+        self._take()
         self._queue.put(path)
         response.success, response.message = True, str(path)
         return response
 
+    def _waiting(self) -> int:
+        return sum(len(batch) for batch in tuple(self._queue.queue) if isinstance(batch, list))
+
     def _publish_diagnostics(self) -> None:
-        values = {'messages': str(self._written), 'waiting': str(self._queue.qsize())}
+        values = {'messages': str(self._written), 'waiting': str(self._waiting())}
         level, text = (ERROR, self._fault) if self._fault else (OK, 'ok')
         clock = self._clock_meter.status(time.time_ns())
         self._diagnostics.publish([status('file', level, text, values), clock])
 
     def close(self) -> None:
-        """Write what is queued, then the index."""
+        """Write what has come, then the index."""
+        self._take()
         self._queue.put(None)
         self._thread.join(timeout=2.0)
         self._file.close()
 
 
+def _untaken(_data: bytes) -> None:
+    """What rclpy asks for; the messages are taken by hand."""
+
+
 def main() -> int:
     """Record until a signal."""
-    return run_node(RecorderNode)
+    # An executor of events takes every message itself.
+    return run_node(RecorderNode, SingleThreadedExecutor)
 
 
 if __name__ == '__main__':
