@@ -39,11 +39,19 @@ from spanvla_ros.model.policy import (
 from spanvla_ros.training.data.shards import ShardSet
 from spanvla_ros.training.feed import Feed
 from spanvla_ros.training.heldout import HeldOut
-from spanvla_ros.training.optimizer import Optimizer
 from spanvla_ros.training.parallel import Group
 from spanvla_ros.training.promotion import Promotion
-from spanvla_ros.training.run import EVALUATE, MODEL_DIR, REFUSED_DIR, STOP, Position, Run
+from spanvla_ros.training.run import (
+    EVALUATE,
+    MODEL_DIR,
+    REFUSED_DIR,
+    SAVE,
+    STOP,
+    Position,
+    Run,
+)
 from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.training.sharding import AnyOptimizer, make_optimizer, recompute_blocks
 from spanvla_ros.training.stages import action_expert, grpo, knowledge, sft
 from spanvla_ros.types import SpanvlaError
 
@@ -68,6 +76,11 @@ def train(
     """Run one stage in this process of the group; see `TrainSettings` for its length."""
     device = prepare_device(settings, group)
     module = STAGES[stage]
+    if settings.sharding == 'fsdp' and stage == 'grpo':
+        raise SpanvlaError(
+            'train grpo: answers of different lengths would leave processes waiting for each '
+            "other's weights; use sharding=none, for adapters need little room"
+        )
     if settings.cache and stage != 'action-expert':
         raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
     shards = ShardSet(settings.data)
@@ -77,8 +90,12 @@ def train(
         earlier = earlier[:-1]
     fit_targets(policy, shards)
     parts = module.parts(policy, settings)
-    optimizer = Optimizer(policy.to(device), parts, settings)
-    position = restore(policy, optimizer, resume, stage) if resume else Position()
+    position = restore_weights(policy, resume, stage) if resume else Position()
+    if settings.gradient_checkpointing:
+        recompute_blocks(policy)
+    optimizer = make_optimizer(policy.to(device), parts, settings, group)
+    if resume:
+        optimizer.restore(read_tensors(resume / 'optimizer.safetensors'))
     run = Run(group, stage, settings, out, earlier, position)
     heldout = None
     if settings.heldout:
@@ -97,7 +114,7 @@ def train(
         for _ in range(settings.updates):
             optimizer.zero()
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                losses = module.losses(policy, batch, settings, generator)
+                losses = optimizer.losses(module.losses, batch, settings, generator)
             check_losses(losses, run.step, shards, step.indices)
             # What has no gradient is only reported.
             minimised = [loss for loss in losses.values() if loss.requires_grad]
@@ -105,19 +122,33 @@ def train(
             share, flags = optimizer.step(group, run.share, run.step, word)
         code = int(flags)
         run.advance(share, {name: float(loss.detach()) for name, loss in losses.items()})
-        if heldout is not None and code & EVALUATE:
-            measure = heldout.seeing if stage == 'knowledge' else heldout.driving
-            run.report(measure(policy))
-        elif code & EVALUATE:
-            run.report({})
-        if run.save_due or code & STOP:
-            run.save(policy, optimizer, promotion.findings(policy) if promotion else [])
+        if code:
+            with optimizer.whole() as whole:
+                look_and_save(run, whole, optimizer, code, heldout, promotion)
     run.close()
     if run.refused:
         raise SpanvlaError(
             f'{out / REFUSED_DIR}: not promoted, {run.refused}; {out / MODEL_DIR} is the last '
             'checkpoint that was'
         )
+
+
+def look_and_save(
+    run: Run,
+    policy: Policy,
+    optimizer: AnyOptimizer,
+    code: int,
+    heldout: HeldOut | None,
+    promotion: Promotion | None,
+) -> None:
+    """Measure, report and save as the first process says."""
+    if heldout is not None and code & EVALUATE:
+        measure = heldout.seeing if run.stage == 'knowledge' else heldout.driving
+        run.report(measure(policy))
+    elif code & EVALUATE:
+        run.report({})
+    if code & SAVE:
+        run.save(policy, optimizer, promotion.findings(policy) if promotion else [])
 
 
 def prepare_device(settings: TrainSettings, group: Group) -> torch.device:
@@ -131,13 +162,15 @@ def prepare_device(settings: TrainSettings, group: Group) -> torch.device:
         # Filling fresh memory is a debugging aid of that mode; nothing here reads it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         return torch.device('cpu')
-    if torch.cuda.device_count() < group.size:
+    if torch.cuda.device_count() < group.local_size:
         raise SpanvlaError(
-            f'train: {group.size} processes on device cuda need as many GPUs, torch finds '
-            f'{torch.cuda.device_count()}; set processes, or device=cpu'
+            f'train: {group.local_size} processes on device cuda need as many GPUs, torch finds '
+            f'{torch.cuda.device_count()}; start fewer processes, or set device=cpu'
         )
     torch.set_float32_matmul_precision('high')
-    return torch.device('cuda', group.rank)
+    device = torch.device('cuda', group.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def with_adapters(policy: Policy, settings: TrainSettings) -> Policy:
@@ -244,8 +277,8 @@ def compile_vision(policy: Policy) -> None:
     policy.backbone.vision = vision  # type: ignore[method-assign]
 
 
-def restore(policy: Policy, optimizer: Optimizer, folder: Path, stage: str) -> Position:
-    """Take weights, moments and position from a saved state."""
+def restore_weights(policy: Policy, folder: Path, stage: str) -> Position:
+    """Take weights and position from a saved state."""
     try:
         about = json.loads((folder / 'state.json').read_text(encoding='utf-8'))
         position = Position(int(about['step']), float(about['elapsed_s']))
@@ -258,5 +291,4 @@ def restore(policy: Policy, optimizer: Optimizer, folder: Path, stage: str) -> P
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             parameter.copy_(torch.from_numpy(weights[name]))
-    optimizer.restore(read_tensors(folder / 'optimizer.safetensors'))
     return position

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.parallel import Group
@@ -28,12 +30,9 @@ class Optimizer:
         self, policy: Policy, parts: Sequence[nn.Module], settings: TrainSettings
     ) -> None:
         """Take the parameters of `parts`, named as in `policy`; all others are frozen."""
-        wanted = {id(p) for part in parts for p in part.parameters()}
-        for parameter in policy.parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
+        freeze_others(policy, parts)
         self.named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        self.settings = settings
-        self._eyes = {id(p) for part in policy.backbone.eyes for p in part.parameters()}
+        self.policy, self.settings = policy, settings
         count = sum(p.numel() for p in self.named.values())
         self.flat = torch.zeros(count + 2, device=policy.device)
         start = 0
@@ -41,23 +40,16 @@ class Optimizer:
             stop = start + parameter.numel()
             parameter.grad = self.flat[start:stop].view_as(parameter)
             start = stop
-        self._adamw = torch.optim.AdamW(
-            self._groups(), lr=settings.learning_rate, betas=BETAS, fused=True
-        )
+        self._adamw = new_adamw(self.named, eye_names(policy), settings)
 
-    def _groups(self) -> list[dict[str, object]]:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for parameter in self.named.values():
-            kind = (id(parameter) in self._eyes, parameter.dim() > 1)
-            groups.setdefault(kind, []).append(parameter)
-        return [
-            {
-                'params': parameters,
-                'scale': self.settings.vision_rate if vision else 1.0,
-                'weight_decay': self.settings.decay if matrix else 0.0,
-            }
-            for (vision, matrix), parameters in groups.items()
-        ]
+    def losses(self, work: Callable[..., dict[str, Tensor]], *inputs: Any) -> dict[str, Tensor]:
+        """The losses `work(policy, *inputs)`."""
+        return work(self.policy, *inputs)
+
+    @contextmanager
+    def whole(self) -> Iterator[Policy]:
+        """The policy to look at; each process has it whole."""
+        yield self.policy
 
     def zero(self) -> None:
         """Clear the gradient."""
@@ -84,17 +76,10 @@ class Optimizer:
             said = self.flat[-2:].tolist()
             self.flat[-2:] = 0.0
             self.flat /= group.size
-        norm = float(self.flat.norm())
-        if not math.isfinite(norm):
-            raise SpanvlaError(
-                f'train: the gradient of step {step} is not finite; lower learning_rate'
-            )
-        if self.settings.clip and norm > self.settings.clip:
-            self.flat *= self.settings.clip / norm
-        rate = self.settings.learning_rate * schedule(share, step, self.settings)
-        for part in self._adamw.param_groups:
-            part['lr'] = rate * part['scale']
-        self._adamw.step()
+        factor = clipping(float(self.flat.norm()), step, self.settings)
+        if factor < 1.0:
+            self.flat *= factor
+        take_step(self._adamw, share, step, self.settings)
         return said
 
     def state(self) -> dict[str, np.ndarray]:
@@ -115,6 +100,59 @@ class Optimizer:
             }
             if kept:
                 self._adamw.state[parameter] = kept
+
+
+def freeze_others(policy: Policy, parts: Sequence[nn.Module]) -> None:
+    """Let the parameters of `parts` have gradients, and no others."""
+    wanted = {id(p) for part in parts for p in part.parameters()}
+    for parameter in policy.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+
+
+def eye_names(policy: Policy) -> set[str]:
+    """Names of the parameters of the eyes."""
+    eyes = {id(p) for part in policy.backbone.eyes for p in part.parameters()}
+    return {name for name, parameter in policy.named_parameters() if id(parameter) in eyes}
+
+
+def new_adamw(
+    named: Mapping[str, nn.Parameter], eyes: set[str], settings: TrainSettings
+) -> torch.optim.AdamW:
+    """AdamW with the rate of the eyes and the decay of matrices apart."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        kind = (name in eyes, parameter.dim() > 1)
+        groups.setdefault(kind, []).append(parameter)
+    told = [
+        {
+            'params': parameters,
+            'scale': settings.vision_rate if vision else 1.0,
+            'weight_decay': settings.decay if matrix else 0.0,
+        }
+        for (vision, matrix), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(told, lr=settings.learning_rate, betas=BETAS, fused=True)
+
+
+def clipping(norm: float, step: int, settings: TrainSettings) -> float:
+    """The factor on a gradient of that norm.
+
+    Raises:
+        SpanvlaError: the norm is not finite.
+    """
+    if not math.isfinite(norm):
+        raise SpanvlaError(
+            f'train: the gradient of step {step} is not finite; lower learning_rate'
+        )
+    return settings.clip / norm if settings.clip and norm > settings.clip else 1.0
+
+
+def take_step(adamw: torch.optim.AdamW, share: float, step: int, settings: TrainSettings) -> None:
+    """One step at the rate of the schedule."""
+    rate = settings.learning_rate * schedule(share, step, settings)
+    for part in adamw.param_groups:
+        part['lr'] = rate * part['scale']
+    adamw.step()
 
 
 def schedule(share: float, step: int, settings: TrainSettings) -> float:

@@ -1,4 +1,8 @@
-"""Training in several processes of one thread each, gradients averaged over gloo.
+"""Training in several processes: started here on one machine, or joined under a launcher.
+
+`torchrun` and `accelerate launch` start the processes of one or of many machines and tell each its
+place in the environment; without them the processes are started here.
+
 
 On a CPU two processes of one thread train faster than one process of two threads. All processes
 hold the same weights and take the same optimiser step, so nothing but gradients travels.
@@ -20,14 +24,17 @@ from torch import distributed, multiprocessing
 from spanvla_ros.types import SpanvlaError
 
 TIMEOUT_S = 900.0
+LAUNCHED = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those of a run."""
+    """This process among those of a run, and among those on its machine."""
 
     rank: int
     size: int
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -40,31 +47,59 @@ class Group:
             distributed.all_reduce(tensor)
 
 
+def launched() -> Group | None:
+    """The group a launcher has put this process into, or None where there is none.
+
+    Raises:
+        SpanvlaError: the launcher's variables are no numbers, or contradict one another.
+    """
+    if not all(name in os.environ for name in LAUNCHED):
+        return None
+    told = {name: os.environ[name] for name in ('RANK', 'WORLD_SIZE')}
+    told['LOCAL_RANK'] = os.environ.get('LOCAL_RANK', '0')
+    told['LOCAL_WORLD_SIZE'] = os.environ.get('LOCAL_WORLD_SIZE', '1')
+    try:
+        group = Group(*(int(value) for value in told.values()))
+    except ValueError as error:
+        raise SpanvlaError(f'train: {told} are not all numbers; unset them') from error
+    if not (0 <= group.rank < group.size and 0 <= group.local_rank < group.local_size):
+        raise SpanvlaError(f'train: {told} contradict one another; unset them')
+    return group
+
+
 def run_group(
     work: Callable[..., None], size: int, threads: int, arguments: tuple[Any, ...]
 ) -> None:
     """Call `work(group, *arguments)` in `size` processes, this one being the first.
 
+    Under a launcher the processes are there already, and this one joins them.
+
     Raises:
         SpanvlaError: another process has failed; its traceback went to stderr.
     """
     torch.set_num_threads(threads)
+    joined = launched()
+    if joined is not None and joined.size > 1:
+        _member(work, joined, threads, 'env://', arguments)
+        return
     if size == 1:
         work(Group(0, 1), *arguments)
         return
     context = multiprocessing.get_context('spawn')
     with tempfile.TemporaryDirectory(prefix='spanvla-train-') as folder:
-        meeting = str(Path(folder) / 'meeting')
+        meeting = f'file://{Path(folder) / "meeting"}'
         others = [
             context.Process(
-                target=_member, args=(work, rank, size, threads, meeting, arguments), daemon=True
+                target=_member,
+                args=(work, Group(rank, size, rank, size), threads, meeting, arguments),
+                daemon=True,
             )
             for rank in range(1, size)
         ]
         for other in others:
             other.start()
         try:
-            _member(work, 0, size, threads, meeting, arguments)
+            _member(work, Group(0, size, 0, size), threads, meeting, arguments)
         except RuntimeError as error:
             if any(other.exitcode not in (None, 0) for other in others):
                 raise SpanvlaError(
@@ -80,24 +115,24 @@ def run_group(
 
 def _member(
     work: Callable[..., None],
-    rank: int,
-    size: int,
+    group: Group,
     threads: int,
     meeting: str,
     arguments: tuple[Any, ...],
 ) -> None:
-    # One machine: the loopback address always resolves, the host name may not.
-    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+    if group.local_size == group.size:
+        # One machine: the loopback address always resolves, the host name may not.
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     torch.set_num_threads(threads)
     # Sums of tensors on GPUs travel by nccl, words between processes by gloo.
     distributed.init_process_group(
         'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
-        init_method=f'file://{meeting}',
-        rank=rank,
-        world_size=size,
+        init_method=meeting,
+        rank=group.rank,
+        world_size=group.size,
         timeout=timedelta(seconds=TIMEOUT_S),
     )
     try:
-        work(Group(rank, size), *arguments)
+        work(group, *arguments)
     finally:
         distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -20,14 +21,14 @@ from spanvla_ros.model.backbone.adapters import merged, save_adapters
 from spanvla_ros.model.checkpoint import swap_directory, write_tensors, write_text
 from spanvla_ros.model.policy import Policy, save_policy
 from spanvla_ros.training.lint import Finding
-from spanvla_ros.training.optimizer import Optimizer
 from spanvla_ros.training.parallel import Group
 from spanvla_ros.training.settings import TrainSettings
+from spanvla_ros.training.sharding import AnyOptimizer
 from spanvla_ros.types import SpanvlaError
 
 MODEL_DIR, STATE_DIR, ADAPTERS_DIR, REFUSED_DIR = 'model', 'state', 'adapters', 'refused'
 SETTINGS_FILE, LOG_FILE = 'config.yaml', 'log.jsonl'
-EVALUATE, STOP = 1, 2
+EVALUATE, STOP, SAVE = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Run:
         stop = stop or (settings.stop_after > 0 and done >= settings.stop_after)
         if stop:
             code |= STOP
+        if stop or self.save_due:
+            code |= SAVE
         if share >= 1.0 or self.elapsed_s - self._evaluated_s > settings.evaluate_every_s:
             code |= EVALUATE
         return share, float(code)
@@ -139,16 +142,19 @@ class Run:
                 if not isinstance(value, str):
                     self._writer.add_scalar(name, value, self.step)
 
-    def save(self, policy: Policy, optimizer: Optimizer, findings: Sequence[Finding] = ()) -> None:
-        """Write state and model directory, each whole or not at all.
+    def save(
+        self, policy: Policy, optimizer: AnyOptimizer, findings: Sequence[Finding] = ()
+    ) -> None:
+        """Write state and model directory, each whole or not at all; every process calls it.
 
         With findings of the lint the model is written beside the last one that had none.
         """
         self._saved_s = self.elapsed_s
+        moments = optimizer.state()
         if not self.group.leads:
             return
         try:
-            self._write(policy, optimizer, findings)
+            self._write(policy, moments, findings)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self.out / f'.{STATE_DIR}.tmp', ignore_errors=True)
             raise SpanvlaError(
@@ -156,7 +162,9 @@ class Run:
                 'from the last complete state with --resume'
             ) from error
 
-    def _write(self, policy: Policy, optimizer: Optimizer, findings: Sequence[Finding]) -> None:
+    def _write(
+        self, policy: Policy, moments: Mapping[str, np.ndarray], findings: Sequence[Finding]
+    ) -> None:
         elapsed_s = self.elapsed_s
         done: dict[str, Any] = {
             'stage': self.stage,
@@ -178,7 +186,7 @@ class Run:
         building.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().cpu().numpy() for n, p in policy.named_parameters()}
         write_tensors(building / 'weights.safetensors', weights)
-        write_tensors(building / 'optimizer.safetensors', optimizer.state())
+        write_tensors(building / 'optimizer.safetensors', moments)
         about = {'stage': self.stage, 'step': self.step, 'elapsed_s': elapsed_s}
         write_text(building / 'state.json', json.dumps(about) + '\n')
         swap_directory(building, self.out / STATE_DIR)
@@ -193,9 +201,10 @@ class Run:
             self._writer.close()
 
     def _share(self, step: int) -> float:
-        if self.settings.steps:
-            return step / self.settings.steps
-        return self.elapsed_s / (60.0 * self.settings.minutes)
+        steps, minutes = self.settings.steps, self.settings.minutes
+        share = step / steps if steps else self.elapsed_s / (60.0 * minutes)
+        # As it travels between processes, so that a resumed run starts with the same number.
+        return float(np.float32(share))
 
     def _interrupt(self, *_: object) -> None:
         self._interrupted = True

@@ -17,6 +17,7 @@ ROLLOUT_POLICIES = ('tokens', 'flow')
 LABELS = ('positive', 'negative', 'recovery')
 PRECISIONS = ('fp32', 'bf16')
 DEVICES = ('cpu', 'cuda')
+SHARDINGS = ('none', 'fsdp')
 TIME_SAMPLERS = ('uniform', 'beta', 'logit_normal')
 MODEL_SETTINGS = (
     'head', 'interval', 'source', 'waypoints', 'anchors', 'noise_std', 'expert_width',
@@ -49,6 +50,11 @@ class TrainSettings:
     `lora_rank` above zero trains low-rank adapters on `lora_targets` of the language model in
     place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
     without which new tokens stay as drawn.
+
+    With `gradient_checkpointing` a backward pass computes every block of the backbone once more in
+    place of keeping what it found. `sharding: fsdp` gives each process its part of all weights,
+    gradients and moments (`training.sharding`); `none` gives it all of them. `vision_rate` 0
+    leaves the eyes of `sft` as they are.
 
     `device` is `cpu` or `cuda`, then a GPU a process. Batches are made by `feeders` processes
     ahead of their use (0: by the training process itself), rewards of GRPO by `scorers` processes;
@@ -135,6 +141,8 @@ class TrainSettings:
     cot_center: float = 160.0
     cot_slope: float = 0.03
     lint_rows: int = 32
+    gradient_checkpointing: bool = False
+    sharding: str = 'none'
     device: str = 'cpu'
     feeders: int = 0
     scorers: int = 0
@@ -215,6 +223,12 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: precision must be one of {", ".join(PRECISIONS)}')
     if settings.device not in DEVICES:
         raise SpanvlaError(f'{where}: device must be one of {", ".join(DEVICES)}')
+    if settings.sharding not in SHARDINGS:
+        raise SpanvlaError(f'{where}: sharding must be one of {", ".join(SHARDINGS)}')
+    if settings.sharding == 'fsdp' and settings.processes < 2:
+        raise SpanvlaError(f'{where}: sharding fsdp needs processes of 2 or more')
+    if settings.compiled and (settings.gradient_checkpointing or settings.sharding == 'fsdp'):
+        raise SpanvlaError(f'{where}: compiled goes with neither gradient_checkpointing nor fsdp')
     if settings.cache and (settings.processes > 1 or settings.end_to_end):
         raise SpanvlaError(f'{where}: cache needs processes 1 and end_to_end false')
     if settings.time_sampler not in TIME_SAMPLERS:

@@ -235,11 +235,7 @@ def extend(
     bias = ((1.0 - open_slots) * MASKED)[:, None, None, :].expand(-1, 1, length, -1)
     bias = bias + functional.pad(causal[:length, :length], (slots, 0))
     for index, layer in enumerate(text.layers):
-        y = functional.rms_norm(x, (x.shape[-1],), layer.input_layernorm.weight, backbone.epsilon)
-        k, v = backbone._keys_values(layer.self_attn, y, cos, sin)
-        k = torch.cat([keys[index], k], 2)
-        v = torch.cat([values[index], v], 2)
-        x = backbone._decode_layer(layer, x, y, k, v, bias, cos, sin)
+        x, _, _ = backbone.run_layer(layer, x, bias, cos, sin, keys[index], values[index])
     return functional.rms_norm(x, (x.shape[-1],), text.norm.weight, backbone.epsilon)
 
 

@@ -232,6 +232,22 @@ def test_a_pass_that_stops_early_leaves_what_the_full_one_leaves(family, interva
 
 @pytest.mark.parametrize('family', FAMILIES)
 @torch.no_grad()
+def test_every_block_is_run_by_the_one_call(family):
+    case, run = Case(family, 2, 4, 1, 1, False), []
+    plain = case.backbone.call_block
+
+    def noted(work, block, *inputs, **settings):
+        run.append(block)
+        return plain(work, block, *inputs, **settings)
+
+    case.backbone.call_block = noted
+    case.ours()
+    assert run == case.backbone.blocks
+    assert len(run) == len(set(map(id, run))) > 5
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@torch.no_grad()
 def test_a_picture_seen_before_is_as_good_as_seen_again(family):
     case = Case(family, 3, 5, 3, 1, False)
     together = case.backbone.vision(case.pixels)

@@ -12,7 +12,7 @@ queries and keys, rotation, features added after the first layers) that one pass
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,11 +48,19 @@ class Prefix:
     hidden: Tensor | None = None
 
 
+def call_plainly(work: Callable[..., Any], block: nn.Module, *inputs: Any, **settings: Any) -> Any:
+    """Run one block of a network; training has other ways (`training.sharding`)."""
+    return work(block, *inputs, **settings)
+
+
 class Backbone(nn.Module, ABC):
     """The static way through one network; a family says how it sees.
 
     `visual_width` is the width of a visual token as `vision` gives it: `hidden`, and once more
     for each of the `fed` features that are added after the first layers (Qwen3-VL's deepstack).
+
+    Every block of the eyes and every layer of the language model is run by `call_block(work,
+    block, *inputs)`, so that training can recompute or shard them.
     """
 
     network_class: ClassVar[Any]
@@ -75,6 +83,7 @@ class Backbone(nn.Module, ABC):
             extra_tokens: room after the prompt, for an answer in training and for waypoints.
         """
         super().__init__()
+        self.call_block: Callable[..., Any] = call_plainly
         # transformers builds the parts of its networks by name: nothing below has a type.
         self.network: Any = network
         text: Any = self.network.config.text_config
@@ -120,6 +129,16 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def eyes(self) -> list[nn.Module]:
         """What makes visual tokens of a picture."""
+
+    @property
+    @abstractmethod
+    def eye_blocks(self) -> list[nn.Module]:
+        """The blocks of the eyes, as they follow one another."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All that `call_block` runs."""
+        return [*self.eye_blocks, *self.text.layers]
 
     @abstractmethod
     def _place_vision(self, config: ModelConfig) -> None:
@@ -230,14 +249,16 @@ class Backbone(nn.Module, ABC):
         kept = range(self.layers) if layers is None else layers
         keys, values = [], []
         for index, layer in enumerate(self.text.layers):
-            y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
-            k, v = self._keys_values(layer.self_attn, y, cos, sin)
+            last = layers is not None and index == layers[-1]
+            if last:
+                _, k, v = self.call_block(self._begin_layer, layer, x, cos, sin)
+            else:
+                x, k, v = self.run_layer(layer, x, bias, cos, sin)
             if index in kept:
                 keys.append(k)
                 values.append(v)
-            if layers is not None and index == layers[-1]:
+            if last:
                 return Prefix(torch.stack(keys), torch.stack(values))
-            x = self._decode_layer(layer, x, y, k, v, bias, cos, sin)
             if index < len(fed):
                 x = x + fed[index].to(x.dtype)
         hidden = rms_norm(x, self.text.norm.weight, self.epsilon)
@@ -259,19 +280,66 @@ class Backbone(nn.Module, ABC):
         bias = torch.cat([cached, own], -1)
         new_keys, new_values = [], []
         for index, layer in enumerate(self.text.layers):
-            y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
-            k, v = self._keys_values(layer.self_attn, y, cos, sin)
+            x, k, v = self.run_layer(layer, x, bias, cos, sin, keys[index], values[index])
             new_keys.append(k)
             new_values.append(v)
-            k = torch.cat([keys[index], k], 2)
-            v = torch.cat([values[index], v], 2)
-            x = self._decode_layer(layer, x, y, k, v, bias, cos, sin)
         hidden = rms_norm(x, self.text.norm.weight, self.epsilon)
         return Prefix(torch.stack(new_keys), torch.stack(new_values), hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary of `hidden [..., H]`."""
         return self.network.lm_head(hidden)
+
+    def run_layer(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer of the language model on `x [B, length, H]`.
+
+        Args:
+            layer: of `text.layers`.
+            x: what the layer before gave.
+            bias: added to the scores of `[cached | own]` keys.
+            cos: rotary table of the tokens.
+            sin: likewise.
+            keys: cached keys `[B, kv, S, hd]` that stand before the tokens' own, or None.
+            values: likewise.
+
+        Returns:
+            What the layer gives, and the tokens' own K/V `[B, kv, length, hd]`.
+        """
+        found: tuple[Tensor, Tensor, Tensor] = self.call_block(
+            self._whole_layer, layer, x, bias, cos, sin, keys, values
+        )
+        return found
+
+    def _whole_layer(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        bias: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, k, v = self._begin_layer(layer, x, cos, sin)
+        all_k = k if keys is None else torch.cat([keys, k], 2)
+        all_v = v if values is None else torch.cat([values, v], 2)
+        return self._decode_layer(layer, x, y, all_k, all_v, bias, cos, sin), k, v
+
+    def _begin_layer(
+        self, layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input normed, and the K/V made of it."""
+        y = rms_norm(x, layer.input_layernorm.weight, self.epsilon)
+        return y, *self._keys_values(layer.self_attn, y, cos, sin)
 
     def _keys_values(
         self, attention: nn.Module, y: Tensor, cos: Tensor, sin: Tensor

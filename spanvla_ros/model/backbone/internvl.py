@@ -41,6 +41,11 @@ class InternVLBackbone(Backbone):
         """What makes visual tokens of a picture."""
         return [self.network.model.vision_tower, self.network.model.multi_modal_projector]
 
+    @property
+    def eye_blocks(self) -> list[nn.Module]:
+        """The blocks of the eyes, as they follow one another."""
+        return list(self.network.model.vision_tower.encoder.layer)
+
     def _place_vision(self, config: ModelConfig) -> None:
         whole = self.network.config
         if whole.vision_feature_layer != -1 or whole.vision_feature_select_strategy != 'default':
@@ -62,7 +67,7 @@ class InternVLBackbone(Backbone):
         if places is not None:
             grid = resampled(places[0, 1:], self.down, self.across)
             x = x + torch.cat([places[0, :1], grid])
-        for layer in tower.encoder.layer:
-            x = layer(x)
+        for layer in self.eye_blocks:
+            x = self.call_block(type(layer).forward, layer, x)
         x = tower.layernorm(x)[:, 1:]
         return model.multi_modal_projector(merged(x, self.rows, self.columns, self.merge))

@@ -51,6 +51,11 @@ class Qwen25Backbone(Backbone):
         """What makes visual tokens of a picture."""
         return [self.network.model.visual]
 
+    @property
+    def eye_blocks(self) -> list[nn.Module]:
+        """The blocks of the eyes, as they follow one another."""
+        return list(self.network.model.visual.blocks)
+
     def _place_vision(self, config: ModelConfig) -> None:
         vision, merge = self.network.config.vision_config, self.merge
         grid = torch.tensor([[1, self.rows, self.columns]])
@@ -85,8 +90,9 @@ class Qwen25Backbone(Backbone):
         cut = cut.index_select(1, self.window_order).to(kernel.dtype)
         # Where training rounds products to bf16, the sums between blocks keep the weights' type.
         x = functional.linear(cut, kernel).to(kernel.dtype)
-        for index, block in enumerate(tower.blocks):
-            x = self._see_layer(block, x, everywhere=index in tower.fullatt_block_indexes)
+        for index, block in enumerate(self.eye_blocks):
+            everywhere = index in tower.fullatt_block_indexes
+            x = self.call_block(self._see_layer, block, x, everywhere=everywhere)
         y = rms_norm(x, tower.merger.ln_q.weight, 1e-6)
         y = tower.merger.mlp(y.reshape(count, self.image_tokens, -1))
         return y.index_select(1, self.picture_order)

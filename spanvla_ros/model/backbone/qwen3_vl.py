@@ -55,6 +55,11 @@ class Qwen3Backbone(Backbone):
         """What makes visual tokens of a picture."""
         return [self.network.model.visual]
 
+    @property
+    def eye_blocks(self) -> list[nn.Module]:
+        """The blocks of the eyes, as they follow one another."""
+        return list(self.network.model.visual.blocks)
+
     def _place_vision(self, config: ModelConfig) -> None:
         tower = self.network.model.visual
         grid = torch.tensor([[1, self.rows, self.columns]])
@@ -78,14 +83,18 @@ class Qwen3Backbone(Backbone):
         place = resampled(tower.pos_embed.weight, self.down, self.across)
         x = x + cells_first(place, self.rows, self.columns, self.merge)
         fed: list[Tensor] = []
-        for index, block in enumerate(tower.blocks):
-            x = x + self._look(block.attn, block.norm1(x))
-            x = x + block.mlp(block.norm2(x))
+        for index, block in enumerate(self.eye_blocks):
+            x = self.call_block(self._see_layer, block, x)
             if index in tower.deepstack_visual_indexes:
                 merger = tower.deepstack_merger_list[len(fed)]
                 fed.append(merger(x).reshape(count, self.image_tokens, -1))
         seen = tower.merger(x).reshape(count, self.image_tokens, -1)
         return torch.cat([seen, *fed], -1)
+
+    def _see_layer(self, block: Any, x: Tensor) -> Tensor:
+        x = x + self._look(block.attn, block.norm1(x))
+        seen: Tensor = x + block.mlp(block.norm2(x))
+        return seen
 
     def _look(self, attention: nn.Module, y: Tensor) -> Tensor:
         heads = attention.num_heads

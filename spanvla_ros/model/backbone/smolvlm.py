@@ -39,6 +39,11 @@ class SmolVLMBackbone(Backbone):
         """What makes visual tokens of a picture."""
         return [self.network.model.vision_model, self.network.model.connector]
 
+    @property
+    def eye_blocks(self) -> list[nn.Module]:
+        """The blocks of the eyes, as they follow one another."""
+        return list(self.network.model.vision_model.encoder.layers)
+
     @torch.no_grad()
     def _place_vision(self, config: ModelConfig) -> None:
         embeddings = self.network.model.vision_model.embeddings
@@ -61,7 +66,7 @@ class SmolVLMBackbone(Backbone):
         tower = model.vision_model
         x = tower.embeddings.patch_embedding(self._normalized(pixels)).flatten(2).transpose(1, 2)
         x = x + tower.embeddings.position_embedding(self.patch_places)
-        for layer in tower.encoder.layers:
-            x = layer(x, None)
+        for layer in self.eye_blocks:
+            x = self.call_block(type(layer).forward, layer, x, None)
         x = tower.post_layernorm(x)
         return model.connector.modality_projection(merged(x, self.rows, self.columns, self.merge))

@@ -28,10 +28,12 @@ ANSWERS = 'full'
 
 
 def parts(policy: Policy, settings: TrainSettings) -> list[nn.Module]:
-    """What is trained: everything, or adapters in place of the backbone."""
+    """What is trained: everything, or adapters in place of the backbone, or all but the eyes."""
     network = policy.backbone.network
-    if not settings.lora_rank:
+    if not settings.lora_rank and settings.vision_rate:
         return [policy]
+    if not settings.lora_rank:
+        return [policy.backbone.text, network.lm_head, policy.expert, policy.heads]
     tables = [network.get_input_embeddings(), network.lm_head] if settings.lora_embeddings else []
     return [*adapter_parts(network), *tables, policy.expert, policy.heads]
 
