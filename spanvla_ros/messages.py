@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from transforms3d.euler import quat2euler
 
 from spanvla_ros.types import CameraFrame, EgoState, Route, SpanvlaError, Trajectory
@@ -291,9 +291,20 @@ def read_trajectory(msg: Any) -> Trajectory:
         since = point.time_from_start
         time_s = since.sec + since.nanosec * 1e-9
         rows.append((time_s, place.x, place.y, q.w, q.x, q.y, q.z))
-    if len(rows) < 2:
-        raise MessageError(f'trajectory: {len(rows)} points, at least two are needed')
-    table = np.array(rows, dtype=np.float64)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 7)
+    return trajectory_of_table(table, stamp_ns_of(msg.header), str(msg.header.frame_id))
+
+
+def trajectory_of_table(
+    table: Float64[np.ndarray, 'n 7'], stamp_ns: int, frame_id: str
+) -> Trajectory:
+    """A trajectory of rows of time, x, y and the rotation's w, x, y, z.
+
+    Raises:
+        MessageError: as `read_trajectory`.
+    """
+    if len(table) < 2:
+        raise MessageError(f'trajectory: {len(table)} points, at least two are needed')
     if not np.isfinite(table).all():
         raise MessageError('trajectory: holds a number that is not finite')
     if not (np.diff(table[:, 0]) > 0).all():
@@ -304,8 +315,8 @@ def read_trajectory(msg: Any) -> Trajectory:
         raise MessageError('trajectory: an orientation is not a rotation')
     yaw_rad = np.arctan2(2.0 * (w * z + x * y), w * w + x * x - y * y - z * z)
     return Trajectory(
-        stamp_ns=stamp_ns_of(msg.header),
-        frame_id=str(msg.header.frame_id),
+        stamp_ns=stamp_ns,
+        frame_id=frame_id,
         times_s=table[:, 0],
         poses=np.stack([table[:, 1], table[:, 2], yaw_rad], axis=1),
     )

@@ -19,7 +19,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
 from spanvla_ros.controls import FOLLOWS, CarlaCar
-from spanvla_ros.messages import MessageError, read_odometry, read_trajectory
+from spanvla_ros.messages import MessageError, read_odometry
 from spanvla_ros.ros.controls import CONTROLS
 from spanvla_ros.ros.diagnostics import (
     ERROR,
@@ -31,6 +31,7 @@ from spanvla_ros.ros.diagnostics import (
 )
 from spanvla_ros.ros.parameters import FollowerSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.trajectory_bytes import trajectory_of_bytes
 from spanvla_ros.safety.follower import Follower, FollowerParameters
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.types import DriveCommand, EgoState, Trajectory
@@ -76,7 +77,7 @@ class FollowerNode(Node):
         self._command_lock = threading.Lock()
         self._sent_s = -FILL_IN_S
         self.create_subscription(
-            MultiDOFJointTrajectory, 'output/trajectory', self._on_trajectory, RELIABLE
+            MultiDOFJointTrajectory, 'output/trajectory', self._on_trajectory, RELIABLE, raw=True
         )
         self.create_subscription(Odometry, 'input/odometry', self._on_odometry, BEST_EFFORT)
         self._diagnostics = DiagnosticsPublisher(self)
@@ -90,10 +91,10 @@ class FollowerNode(Node):
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
 
-    def _on_trajectory(self, message: MultiDOFJointTrajectory) -> None:
+    def _on_trajectory(self, data: bytes) -> None:
         now_ns, meter = self._now_ns(), self._meters['trajectory']
         try:
-            trajectory = read_trajectory(message)
+            trajectory = trajectory_of_bytes(data)
             self._check_frame(trajectory.frame_id)
         except MessageError as error:
             meter.fault(now_ns, str(error))

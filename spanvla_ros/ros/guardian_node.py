@@ -226,7 +226,7 @@ class GuardianNode(Node):
             if output is None:
                 return
             plan, counts = self._guardian.plan, self._guardian.counts
-            self._trajectory_out.publish(self._message.fill(output))
+            self._trajectory_out.publish(self._message.serialized(output))
             self._state_out.publish(String(data=state_json(output, plan, counts, now_ns)))
             if self._autoware is not None:
                 self._autoware.publish(output)

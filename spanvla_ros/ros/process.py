@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 import rclpy
-from rclpy.executors import Executor, ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
@@ -29,22 +29,7 @@ class ClosableNode(Protocol):
         """Stop threads and files; called once, before the node is destroyed."""
 
 
-def light_executor() -> Executor:
-    """The executor that costs least: of events where rclpy has one, else the standard one.
-
-    The standard one builds its wait set anew in Python for every message, which costs more than
-    reading and answering the message.
-    """
-    try:
-        from rclpy.experimental import EventsExecutor
-    except ImportError:
-        return SingleThreadedExecutor()
-    return EventsExecutor()
-
-
-def run_node(
-    make: Callable[[], Node], make_executor: Callable[[], Executor] = light_executor
-) -> int:
+def run_node(make: Callable[[], Node]) -> int:
     """Make a node, spin it until SIGINT or SIGTERM, stop it; returns the exit status.
 
     A second signal during shutdown is ignored, and a shutdown that hangs is cut after
@@ -59,7 +44,7 @@ def run_node(
             _arm_hard_exit()
 
     rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
-    executor = make_executor()
+    executor = SingleThreadedExecutor()
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     node: Node | None = None

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 from geometry_msgs.msg import Point, PoseStamped, Transform, Twist
 from nav_msgs.msg import Path
 from rclpy.duration import Duration
+from rclpy.serialization import serialize_message
 from rclpy.time import Time
 from std_msgs.msg import ColorRGBA
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 from transforms3d.euler import euler2quat
 from visualization_msgs.msg import Marker, MarkerArray
 
+from spanvla_ros.ros.trajectory_bytes import TrajectoryBytes
 from spanvla_ros.safety.state import Counts, GuardianOutput
 from spanvla_ros.types import Plan, Vehicle
 
@@ -41,6 +44,30 @@ class TrajectoryMessage:
     def __init__(self) -> None:
         """Start without points; they are made with the first output."""
         self._message = MultiDOFJointTrajectory(joint_names=[CHILD_FRAME])
+        self._bytes: TrajectoryBytes | None = None
+        self._layout: tuple[str, int] | None = None
+
+    def serialized(self, output: GuardianOutput) -> bytes:
+        """What `fill` gives as it goes over the bus, at a tenth of the cost."""
+        track = output.trajectory
+        layout = (track.frame_id, len(track.times_s))
+        if self._bytes is None or layout != self._layout:
+            self._bytes, self._layout = TrajectoryBytes(self.fill(output)), layout
+        rows = self._bytes.rows
+        if rows is None:
+            return bytes(serialize_message(self.fill(output)))
+        yaw, speeds = track.poses[:, 2], output.speeds_mps
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        rows['place'][:, :2] = track.poses[:, :2]
+        rows['rotation'][:, 2] = np.sin(0.5 * yaw)
+        rows['rotation'][:, 3] = np.cos(0.5 * yaw)
+        rows['linear'][:, 0] = speeds * cos
+        rows['linear'][:, 1] = speeds * sin
+        rows['angular'][:, 2] = output.yaw_rates_radps
+        inward = speeds * output.yaw_rates_radps
+        rows['linear_change'][:, 0] = output.accels_mps2 * cos - inward * sin
+        rows['linear_change'][:, 1] = output.accels_mps2 * sin + inward * cos
+        return self._bytes.stamped(track.stamp_ns)
 
     def fill(self, output: GuardianOutput) -> MultiDOFJointTrajectory:
         """The message for an output; valid until the next call."""

@@ -24,7 +24,6 @@ from geometry_msgs.msg import AccelWithCovarianceStamped, Twist
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
 from rclpy.callback_groups import CallbackGroup
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
@@ -281,8 +280,7 @@ def _untaken(_data: bytes) -> None:
 
 def main() -> int:
     """Record until a signal."""
-    # An executor of events takes every message itself.
-    return run_node(RecorderNode, SingleThreadedExecutor)
+    return run_node(RecorderNode)
 
 
 if __name__ == '__main__':

@@ -137,6 +137,7 @@ class TownNode(Node):
         tail = '/compressed' if kind is CompressedImage else ''
         self._images = {}
         self._infos = {}
+        self._info_messages = {camera.name: camera_info_message(camera) for camera in self.cameras}
         for camera in self.cameras:
             base = f'input/{camera.name}'
             self._images[camera.name] = self.create_publisher(kind, f'{base}/image{tail}', 5)
@@ -366,7 +367,7 @@ class TownNode(Node):
     def _publish_picture(self, camera: CameraSpec, picture: np.ndarray, stamp_ns: int) -> None:
         stamp = Time(nanoseconds=stamp_ns).to_msg()
         frame_id = f'{camera.name}_optical_frame'
-        info = camera_info_message(camera)
+        info = self._info_messages[camera.name]
         info.header.stamp, info.header.frame_id = stamp, frame_id
         self._infos[camera.name].publish(info)
         if self.settings.image_transport == 'compressed':
