@@ -84,7 +84,8 @@ class ShardedOptimizer:
         for block in (*backbone.blocks, *policy.expert.blocks):
             fully_shard(block, mesh=mesh)
         fully_shard(policy, mesh=mesh)
-        for part in (*backbone.blocks, policy):
+        parts_run: list[Any] = [*backbone.blocks, policy]
+        for part in parts_run:
             part.run_sharded = MethodType(_run, part)
             register_fsdp_forward_method(part, 'run_sharded')
         backbone.call_block = self._call_sharded
