@@ -70,19 +70,20 @@ def write_sweeps_page(path: Path, summary: Mapping[str, Any]) -> None:
         f'{summary["cameras"]} cameras of {" x ".join(map(str, summary["pictures_px"]))}, '
         f'{summary["machine"]["processor"]}, one thread, load {summary["load"]:.1f}'
     )
+    swept = summary['sweeps']
     drawn = [
-        page.columns(_frame_chart(title, summary[name], unit), _stage_chart(summary[name], unit))
+        page.columns(_frame_chart(title, swept[name], unit), _stage_chart(swept[name], unit))
         for name, title, unit in SWEEPS
     ]
     bars = [
         page.Interval(point['at'], ms, point['frame_floor_ms'], ms, 'ms')
-        for point in summary['precision']
+        for point in swept['precision']
         for ms in [point['frame_cpu_ms']]
     ]
     head = ('precision', *STAGES, 'frame', 'floor')
     cells = [
         (p['at'], *(p['spent_ms'][s] for s in STAGES), p['frame_cpu_ms'], p['frame_floor_ms'])
-        for p in summary['precision']
+        for p in swept['precision']
     ]
     page.write_page(
         path,

@@ -52,24 +52,19 @@ def run_sweeps_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, An
     ceiling = measure_ceiling()
     own = _own_stages(directory, ceiling, repeats)
     base = own['fp32']
-    shapes = {
-        'pictures': {width: _with_pictures(directory, width) for width in WIDTHS_PX},
-        'cameras': {count: _with_cameras(directory, count) for count in CAMERAS},
-    }
+    pictures = [_with_pictures(directory, width) for width in WIDTHS_PX]
+    cameras = [_with_cameras(directory, count) for count in CAMERAS]
     summary = {
         **circumstances(directory, repeats),
-        'steps': [_point(steps, config, base, steps) for steps in STEPS],
-        'precision': [_point(name, config, stages) for name, stages in own.items()],
-        **{
-            sweep: [
-                _point(
-                    _tokens(c) if sweep == 'pictures' else key,
-                    c,
-                    random_stages(c, ceiling, repeats),
-                )
-                for key, c in found.items()
-            ]
-            for sweep, found in shapes.items()
+        'sweeps': {
+            'steps': [_point(steps, config, base, steps) for steps in STEPS],
+            'precision': [_point(name, config, stages) for name, stages in own.items()],
+            'pictures': [
+                _point(_tokens(c), c, random_stages(c, ceiling, repeats)) for c in pictures
+            ],
+            'cameras': [
+                _point(len(c.cameras), c, random_stages(c, ceiling, repeats)) for c in cameras
+            ],
         },
         'how': 'One thread, CPU time, median; a frame is every picture, a prefill and the steps. '
         'Eight-bit graphs are computed between fp32 products on a CPU, and fp16 operator by '
@@ -178,8 +173,8 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = [
         f'{"CPU ms of a frame":<24}{"vision":>9}{"prefill":>9}{"steps":>9}{"frame":>9}{"floor":>9}'
     ]
-    for sweep in ('steps', 'precision', 'pictures', 'cameras'):
-        for point in summary[sweep]:
+    for sweep, points in summary['sweeps'].items():
+        for point in points:
             spent = ''.join(f'{point["spent_ms"][name]:9.2f}' for name in FRAME_STAGES)
             what = f'{sweep} {point["at"]}'
             lines.append(
