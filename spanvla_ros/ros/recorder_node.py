@@ -102,7 +102,8 @@ class Source:
 
     def take(self) -> Iterator[Item]:
         """What has come since the last call."""
-        handle, message_type = self.subscription.handle, self.subscription.msg_type
+        handle: Any = self.subscription.handle
+        message_type = self.subscription.msg_type
         for _ in range(DEPTH):
             # True: as bytes.
             taken = handle.take_message(message_type, True)  # noqa: FBT003
