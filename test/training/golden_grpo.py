@@ -26,7 +26,7 @@ from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages import grpo
 
 FILE = Path(__file__).parents[1] / 'data/golden/grpo_losses.json'
-STEPS = 50
+STEPS = 12
 SETTINGS = TrainSettings(
     batch=2, group=4, lora_rank=8, steps=STEPS, learning_rate=1e-3, warmup_steps=2,
     camera_drop=0.0, history_drop=0.0, route_drop=0.0, slot_empty=1.0, slot_foreign=0.0,
