@@ -40,7 +40,7 @@ from spanvla_ros.runtime.timing import (
     time_in_turns,
     write_summary,
 )
-from spanvla_ros.types import CameraFrame, EgoState, Observation, SpanvlaError
+from spanvla_ros.types import CameraFrame, EgoState, Observation, Plan, SpanvlaError
 
 REPEATS = 100
 STEPS = (1, 2, 5, 10)
@@ -187,7 +187,7 @@ def _floors(directory: ModelDirectory, ceiling: Ceiling) -> dict[str, float]:
     return {name: work_of(directory.graph(graph)).floor_ms(ceiling) for name, graph in graphs}
 
 
-def planning(directory: ModelDirectory, backend: Backend) -> Callable[[], object]:
+def planning(directory: ModelDirectory, backend: Backend) -> Callable[[], Plan]:
     """Plans on pictures that are new each time, every stage included, nothing cached."""
     planner = Planner(
         backend,
@@ -197,7 +197,7 @@ def planning(directory: ModelDirectory, backend: Backend) -> Callable[[], object
     )
     frame = 0
 
-    def call() -> object:
+    def call() -> Plan:
         nonlocal frame
         frame += 1
         return planner.plan(_observation(directory.config, frame * FRAME_NS))

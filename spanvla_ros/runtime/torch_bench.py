@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +228,12 @@ class SizeBench:
                 self.part(
                     'frames',
                     f'{name} {how}',
-                    lambda n=name, w=run, f=frame, r=record, c=repeats: self._row(
-                        drive(f, self._recorded(f'frame {n}', w, r), c), f'frame {n}'
-                    ),
+                    partial(self._drive, f'frame {name}', frame, run, record, repeats),
                 )
             self.part(
                 'graph_minus_eager',
                 f'frame {name}',
-                lambda n=name, w=run: self._apart(f'frame {n}', w),
+                partial(self._apart, f'frame {name}', run),
             )
 
     def decoders(self) -> None:
@@ -263,19 +262,19 @@ class SizeBench:
         )
         for count in (1, *ANSWERS):
             self._floors[f'AR-{count}'] = count * work.floor_ms(self._ceiling)
-            self.part('decoders', f'AR-{count}', lambda c=count: answered(c))
+            self.part('decoders', f'AR-{count}', partial(answered, count))
         for count in PARALLEL:
             name = f'parallel-{count}'
             run = self._runs[name] = answer.parallel(count)
             self._floors[name] = work_of_call(run, language, cache).floor_ms(self._ceiling)
-            self.part('decoders', name, lambda n=name, w=run: self._graph(n, w))
+            self.part('decoders', name, partial(self._graph, name, run))
         self._flow(f'diffusion-{ANCHORS}x{ANCHOR_STEPS}', deep, ANCHOR_STEPS, ANCHORS)
         self.part('decoders', 'ratios', self._ratios)
 
     def beside(self) -> None:
         """The fast loop alone and beside a reasoning that decodes on a second stream."""
         for name, frame, _, _, steps in self._variants():
-            self.part('beside', name, lambda f=frame, s=steps, n=name: self._beside(n, f, s))
+            self.part('beside', name, partial(self._beside, name, frame, steps))
 
     def memory(self) -> dict[str, float]:
         """Device memory of everything above together, in MB."""
@@ -305,6 +304,12 @@ class SizeBench:
                 found['no_graph'] = backend.refused
             return found
 
+        def measure_in(precision: str, record: Record, repeats: int) -> dict[str, Any]:
+            device = self.device.type
+            return measure(
+                TorchCudaBackend(directory, precision, device=device, record=record), repeats
+            )
+
         few = min(self.repeats, EAGER_REPEATS)
         self.part('shipped', 'torch on the CPU', lambda: measure(TorchBackend(directory), few))
         for precision in PRECISIONS:
@@ -315,9 +320,7 @@ class SizeBench:
                 self.part(
                     'shipped',
                     f'{precision} {how}',
-                    lambda p=precision, r=record, c=repeats: measure(
-                        TorchCudaBackend(directory, p, device=self.device.type, record=r), c
-                    ),
+                    partial(measure_in, precision, record, repeats),
                 )
 
     def compiled(self, limit_s: int) -> None:
@@ -331,13 +334,14 @@ class SizeBench:
             self.part(
                 'compiled',
                 what,
-                lambda n=what, f=frame: self._row(
-                    drive(
-                        f,
-                        self._recorded(f'{n}, compiled', self._runs[n], self._record),
-                        FRAMES_PER_REPEAT * self.repeats,
-                    ),
-                    n,
+                partial(
+                    self._drive,
+                    what,
+                    frame,
+                    self._runs[what],
+                    self._record,
+                    FRAMES_PER_REPEAT * self.repeats,
+                    ', compiled',
                 ),
             )
         for name in COMPILED_LAST:
@@ -357,7 +361,7 @@ class SizeBench:
             'prefill_action': of('prefill'),
             'step': of('flow 1'),
         }
-        return asdict(propose(measured, self._size.config, budget))
+        return asdict(propose({self.precision: measured}, self._size.config, budget))
 
     def _variants(self) -> tuple[tuple[str, Frame, str, str, int], ...]:
         return (
@@ -388,6 +392,18 @@ class SizeBench:
 
         self.part('stages', name, measure)
         self.part('graph_minus_eager', name, lambda: self._apart(name, run))
+
+    def _drive(
+        self,
+        name: str,
+        frame: Frame,
+        run: Runnable,
+        record: Record,
+        count: int,
+        kept_as: str = '',
+    ) -> dict[str, Any]:
+        kept = self._recorded(f'{name}{kept_as}', run, record)
+        return self._row(drive(frame, kept, count), name)
 
     def _graph(self, name: str, run: Runnable) -> dict[str, Any]:
         replay = self._recorded(name, run, self._record)[1]

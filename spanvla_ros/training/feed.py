@@ -72,7 +72,7 @@ class Feed(Dataset[Step]):
         loader = DataLoader(
             self,
             batch_size=None,
-            sampler=itertools.count(first),  # type: ignore[arg-type]
+            sampler=itertools.count(first),
             num_workers=self._settings.feeders,
             prefetch_factor=AHEAD if self._settings.feeders else None,
             generator=torch.Generator(),

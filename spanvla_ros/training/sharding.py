@@ -111,7 +111,8 @@ class ShardedOptimizer:
         parameters = dict(self._plain.named_parameters())
         for name, parameter in self.policy.named_parameters():
             assert isinstance(parameter, DTensor)
-            _swap(parameters[name], parameter.detach().full_tensor())
+            sharded: Any = parameter.detach()
+            _swap(parameters[name], sharded.full_tensor())
         try:
             yield self._plain
         finally:
