@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from spanvla_ros.model.action_heads import AnswerHead, head_of
 from spanvla_ros.model.checkpoint import load_model_dir
-from spanvla_ros.model.flow import source_path
 from spanvla_ros.model.policy import Policy, load_policy
 from spanvla_ros.training import token_policy
 from spanvla_ros.training.batches import Batch, make_batch
 from spanvla_ros.training.contestants import is_blind
-from spanvla_ros.training.data.shards import ShardSet, TrainingRow
-from spanvla_ros.training.run import MODEL_DIR
+from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.heldout import expert_plans
+from spanvla_ros.training.run import model_dir_of
 from spanvla_ros.training.settings import TrainSettings
-from spanvla_ros.training.stages.sft import bridge, run_backbone, slots
+from spanvla_ros.training.stages.sft import run_backbone
 
 CHUNK = 64
 LIKELIEST = 1e-3
@@ -61,7 +61,7 @@ def plan_entry(entry: Entry, shards: ShardSet, indices: np.ndarray, device: torc
     Raises:
         SpanvlaError: no readable model, or rows of other cameras.
     """
-    path = entry.path / MODEL_DIR if (entry.path / MODEL_DIR).is_dir() else entry.path
+    path = model_dir_of(entry.path)
     directory = load_model_dir(path)
     policy = load_policy(path).to(device)
     settings = TrainSettings(blind=is_blind(directory))
@@ -69,7 +69,7 @@ def plan_entry(entry: Entry, shards: ShardSet, indices: np.ndarray, device: torc
     for start in tqdm(range(0, len(indices), CHUNK), desc=entry.name, unit='batch', disable=None):
         rows = shards.rows(indices[start : start + CHUNK])
         batch = make_batch(rows, policy, settings, None).to(device)
-        found.append(plan_batch(policy, batch, rows, settings, entry))
+        found.append(plan_batch(policy, batch, settings, entry))
     return Plans(entry.name, np.concatenate(found), policy.config.times_s, directory.sha256)
 
 
@@ -77,7 +77,6 @@ def plan_entry(entry: Entry, shards: ShardSet, indices: np.ndarray, device: torc
 def plan_batch(
     policy: Policy,
     batch: Batch,
-    rows: list[TrainingRow],
     settings: TrainSettings,
     entry: Entry,
 ) -> Float64[np.ndarray, 'n t 3']:
@@ -91,9 +90,4 @@ def plan_batch(
         nothing = np.full((config.waypoints, 3), np.nan)
         said = token_policy.to_rollouts(policy, answers)
         return np.stack([nothing if one.poses is None else one.poses for one in said])
-    prefix, _, length = run_backbone(policy, batch, settings, policy.backbone.bridged)
-    bridged = bridge(policy, prefix, batch, length, detach=True)
-    sources = np.stack(
-        [source_path(config.source, row.sample.observation, config.times_s) for row in rows]
-    )
-    return policy.plan(bridged, batch.ego, slots(policy, batch, settings), sources, entry.steps)
+    return expert_plans(policy, batch, settings, entry.steps)

@@ -62,12 +62,8 @@ def record_inputs(directory: ModelDirectory, scenes: Path, rows: int = ROWS) -> 
 
 
 def _check_scenes(shards: ShardSet, directory: ModelDirectory) -> None:
-    config, manifest = directory.config, shards.path / MANIFEST
-    if shards.cameras != config.camera_names:
-        raise SpanvlaError(
-            f'{shards.path}: has cameras {", ".join(shards.cameras)}, the model wants '
-            f'{", ".join(config.camera_names)}; draw scenes with --model'
-        )
+    manifest = shards.path / MANIFEST
+    shards.check_cameras(directory.config.camera_names)
     drawn = json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else {}
     if drawn.get('seed', 0) >= HELD_OUT_SEED:
         raise SpanvlaError(

@@ -270,11 +270,7 @@ def _twin(options: argparse.Namespace) -> Contestant | None:
 
 
 def _check_scenes(shards: ShardSet, config: ModelConfig, path: Path) -> None:
-    if shards.cameras != config.camera_names:
-        raise SpanvlaError(
-            f'{path}: has cameras {", ".join(shards.cameras)}, the model wants '
-            f'{", ".join(config.camera_names)}; draw scenes with --model'
-        )
+    shards.check_cameras(config.camera_names)
     if shards.futures.shape[1] != config.waypoints:
         raise SpanvlaError(
             f'{path}: futures have {shards.futures.shape[1]} waypoints, the model '

@@ -18,7 +18,7 @@ from spanvla_ros.model.policy import Policy
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.runtime.torch_ import TorchBackend
 from spanvla_ros.training.batches import Batch, make_batch, without_pictures
-from spanvla_ros.training.data.shards import FACTS, PRESENT_CLASSES, ShardSet, TrainingRow
+from spanvla_ros.training.data.shards import FACTS, PRESENT_CLASSES, ShardSet
 from spanvla_ros.training.parallel import Group
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages.sft import bridge, run_backbone, slots
@@ -47,7 +47,6 @@ class HeldOut:
         self.step_s = policy.config.horizon_s / policy.config.waypoints
         self.observations = [_unprompted(row.sample.observation, settings) for row in rows]
         chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-        self.sources = [np.stack([_source(row, policy) for row in chunk]) for chunk in chunks]
         self.batches = [
             make_batch(chunk, policy, settings, None).to(policy.device) for chunk in chunks
         ]
@@ -60,12 +59,7 @@ class HeldOut:
             planned[self.mine] = self._spoken(policy)
             self.group.sum(torch.from_numpy(planned))
             return planned
-        found = []
-        for batch, sources in zip(self.batches, self.sources, strict=True):
-            prefix, _, prompt = run_backbone(policy, batch, self.settings, policy.backbone.bridged)
-            bridged = bridge(policy, prefix, batch, prompt, detach=True)
-            valid = slots(policy, batch, self.settings)
-            found.append(policy.plan(bridged, batch.ego, valid, sources))
+        found = [expert_plans(policy, batch, self.settings) for batch in self.batches]
         planned[self.mine] = np.concatenate(found)
         gathered = torch.from_numpy(planned)
         self.group.sum(gathered)
@@ -143,9 +137,18 @@ def _unprompted(seen: Observation, settings: TrainSettings) -> Observation:
     return without_pictures(seen) if settings.blind else seen
 
 
-def _source(row: TrainingRow, policy: Policy) -> np.ndarray:
+@torch.no_grad()
+def expert_plans(
+    policy: Policy, batch: Batch, settings: TrainSettings, steps: int | None = None
+) -> np.ndarray:
+    """Poses `[B, T, 3]` in `base_link` by an expert head for a batch made for evaluation."""
     config = policy.config
-    return source_path(config.source, row.sample.observation, config.times_s)
+    prefix, _, prompt = run_backbone(policy, batch, settings, policy.backbone.bridged)
+    bridged = bridge(policy, prefix, batch, prompt, detach=True)
+    sources = np.stack(
+        [source_path(config.source, seen, config.times_s) for seen in batch.observations]
+    )
+    return policy.plan(bridged, batch.ego, slots(policy, batch, settings), sources, steps)
 
 
 def count_presence(counts: torch.Tensor, presence: torch.Tensor, batch: Batch) -> None:

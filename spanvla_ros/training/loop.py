@@ -49,6 +49,7 @@ from spanvla_ros.training.run import (
     STOP,
     Position,
     Run,
+    model_dir_of,
 )
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.sharding import AnyOptimizer, make_optimizer, recompute_blocks
@@ -220,13 +221,12 @@ def start_policy(settings: TrainSettings, init: Path | None) -> Policy:
 
 def open_model(path: Path) -> Policy:
     """The policy of a model directory or of a run directory that holds one."""
-    return load_policy(path / MODEL_DIR if (path / MODEL_DIR).is_dir() else path)
+    return load_policy(model_dir_of(path))
 
 
 def trained_before(path: Path) -> list[Any]:
     """The stages a model has been through, as its manifest tells."""
-    folder = path / MODEL_DIR if (path / MODEL_DIR).is_dir() else path
-    return list(load_model_dir(folder).training.get('stages', []))
+    return list(load_model_dir(model_dir_of(path)).training.get('stages', []))
 
 
 def fit_targets(policy: Policy, shards: ShardSet) -> None:

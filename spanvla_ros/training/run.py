@@ -31,6 +31,11 @@ SETTINGS_FILE, LOG_FILE = 'config.yaml', 'log.jsonl'
 EVALUATE, STOP, SAVE = 1, 2, 4
 
 
+def model_dir_of(path: Path) -> Path:
+    """The model directory in a run directory, or the path itself."""
+    return path / MODEL_DIR if (path / MODEL_DIR).is_dir() else path
+
+
 @dataclass(frozen=True)
 class Position:
     """How far a run has come."""

@@ -184,6 +184,14 @@ class ShardSet:
     def __len__(self) -> int:
         return self._end[-1]
 
+    def check_cameras(self, wanted: Sequence[str]) -> None:
+        """Refuse a set whose cameras are not those of a model."""
+        if self.cameras != tuple(wanted):
+            raise SpanvlaError(
+                f'{self.path}: has cameras {", ".join(self.cameras)}, the model wants '
+                f'{", ".join(wanted)}; draw scenes with --model'
+            )
+
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[TrainingRow]:
         """The rows of these numbers, in this order, pictures decoded."""
         return [self._row(int(index)) for index in indices]
