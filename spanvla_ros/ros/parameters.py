@@ -195,6 +195,13 @@ class PlannerSettings:
     reason_slice_ms: float = setting(
         10.0, 'longest slice of reasoning between frames', low=1.0, high=50.0, live=True
     )
+    reason_quota: int = setting(
+        2,
+        'tokens of reasoning after each plan, even where the next picture waits',
+        low=0,
+        high=64,
+        live=True,
+    )
     overlay_hz: float = setting(
         2.0, 'rate of the overlay picture; 0 is off', low=0.0, high=30.0, live=True
     )

@@ -9,6 +9,7 @@ never the end of the process.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import threading
 import time
@@ -235,6 +236,10 @@ class PlannerNode(LifecycleNode):
             try:
                 if cameras.wait_for_anchor(0.0 if thinking else 0.2):
                     thinking = self._plan_newest(cameras, model)
+                    if thinking and self.settings.reason_quota:
+                        # On a machine that is never idle there would be no reasoning at all.
+                        model.reason_slice(math.inf, self.settings.reason_quota)
+                        thinking = model.busy
                 elif thinking:
                     model.reason_slice(self.settings.reason_slice_ms)
                     thinking = model.busy
