@@ -426,19 +426,35 @@ class Vehicle:
 
     @staticmethod
     def load(path: str | Path) -> Vehicle:
-        """Read a vehicle file (YAML, the fields above); an unknown or bad field is refused."""
+        """Read a vehicle file (YAML, the fields above).
+
+        Raises:
+            SpanvlaError: no such file, not YAML, an unknown field, or a value no vehicle has.
+        """
         import yaml
 
-        with open(path, encoding='utf-8') as file:
-            raw = yaml.safe_load(file)
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+        except OSError as error:
+            raise SpanvlaError(f'{path}: {error.strerror}; name a vehicle file') from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            line = str(error).splitlines()[0]
+            raise SpanvlaError(f'{path}: not valid YAML ({line}); mend that line') from error
         known = {field.name for field in fields(Vehicle)}
         if not isinstance(raw, dict) or not set(raw) <= known:
-            odd = sorted(set(raw) - known) if isinstance(raw, dict) else 'no mapping'
+            odd = sorted(map(str, set(raw) - known)) if isinstance(raw, dict) else 'no mapping'
             raise SpanvlaError(f'{path}: {odd} is not a vehicle field; use {sorted(known)}')
         for name, value in raw.items():
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (good and 0.0 < value < math.inf):
                 raise SpanvlaError(f'{path}: {name} must be a positive number, not {value!r}')
-        return Vehicle(**{name: float(value) for name, value in raw.items()})
+        vehicle = Vehicle(**{name: float(value) for name, value in raw.items()})
+        if vehicle.max_steering_rad >= math.pi / 2.0:
+            raise SpanvlaError(
+                f'{path}: max_steering_rad is {vehicle.max_steering_rad:g}, which no wheel turns '
+                'by; give it in radians'
+            )
+        return vehicle
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,10 @@ def _overrides(pairs: list[str]) -> dict[str, dict[str, Any]]:
         known = {entry.name: entry for entry in fields(SETTINGS[node])}
         if parameter not in known:
             raise SpanvlaError(f'--set {pair}: {node} has {", ".join(sorted(known))}')
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpanvlaError(f'--set {pair}: {text!r} is not a YAML value; mend it') from error
         if isinstance(known[parameter].default, float) and isinstance(value, int):
             value = float(value)
         found[node][parameter] = value

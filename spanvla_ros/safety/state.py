@@ -28,7 +28,7 @@ from spanvla_ros.safety.checks import (
 from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.safety.fallback import comfortable_stop, follow_plan, hard_stop, usable
 from spanvla_ros.safety.rollout import Motion, Path, Profile, reference
-from spanvla_ros.types import EgoState, Plan, PlanError, Route, SpanvlaError, Trajectory, Vehicle
+from spanvla_ros.types import EgoState, Plan, PlanError, Route, Trajectory, Vehicle
 
 STARTING = 'STARTING'
 STANDBY = 'STANDBY'
@@ -374,9 +374,4 @@ def load_vehicle(path: str) -> Vehicle:
     Raises:
         SpanvlaError: the file is absent or not a vehicle file.
     """
-    if not path:
-        return Vehicle()
-    try:
-        return Vehicle.load(path)
-    except OSError as error:
-        raise SpanvlaError(f'{path}: {error.strerror}; name a vehicle file') from error
+    return Vehicle.load(path) if path else Vehicle()

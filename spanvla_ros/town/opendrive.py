@@ -189,10 +189,15 @@ def load_opendrive(path: str | Path) -> OpenDriveMap:
     """Read an `.xodr` file.
 
     Raises:
-        SpanvlaError: not OpenDRIVE, or something in it that this reader does not know.
+        SpanvlaError: no such file, not OpenDRIVE, or something in it that this reader does not know.
     """
     path = Path(path)
-    text = path.read_text(encoding='utf-8')
+    try:
+        text = path.read_text(encoding='utf-8')
+    except OSError as error:
+        raise SpanvlaError(f'{path}: {error.strerror}; name an .xodr file') from error
+    except UnicodeDecodeError as error:
+        raise SpanvlaError(f'{path.name}: not a text in UTF-8; name an .xodr file') from error
     if '<!DOCTYPE' in text or '<!ENTITY' in text:
         raise SpanvlaError(f'{path.name}: holds a DOCTYPE, which no OpenDRIVE file needs')
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,20 +92,31 @@ def load_ranges(path: str | Path | None = None) -> Ranges:
     """The ranges of a YAML file, by default those of the package; anything odd is refused."""
     if path is None:
         return Ranges()
-    with open(path, encoding='utf-8') as file:
-        raw = yaml.safe_load(file)
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise SpanvlaError(f'{path}: {error.strerror}; name a file of ranges') from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise SpanvlaError(f'{path}: not valid YAML ({line}); mend that line') from error
     known = {field.name: field.default for field in fields(Ranges)}
     if not isinstance(raw, dict) or set(raw) - set(known):
-        odd = sorted(set(raw) - set(known)) if isinstance(raw, dict) else 'no mapping'
+        odd = sorted(map(str, set(raw) - set(known))) if isinstance(raw, dict) else 'no mapping'
         raise SpanvlaError(f'{path}: {odd} is not a range; use {sorted(known)}')
     values: dict[str, Any] = {}
     for name, value in raw.items():
         span = isinstance(known[name], tuple)
         parts = value if isinstance(value, list) else [value]
-        if len(parts) != (2 if span else 1) or not all(isinstance(v, int | float) for v in parts):
+        if len(parts) != (2 if span else 1) or not all(map(_is_number, parts)):
             raise SpanvlaError(f'{path}: {name} must be {"[low, high]" if span else "a number"}')
         values[name] = (float(parts[0]), float(parts[1])) if span else float(value)
     return Ranges(**values)
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    )
 
 
 def ranges_sha256(ranges: Ranges | None = None) -> str:

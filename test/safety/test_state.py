@@ -390,6 +390,24 @@ def test_vehicle_files(tmp_path):
         load_vehicle(str(tmp_path / 'absent.yaml'))
 
 
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (b'length_m: [1,\n', 'not valid YAML'),
+        (b'\xff\xfe\x00', 'not valid YAML'),
+        (b'1: 2\nwheels: 4\n', r"\['1', 'wheels'\] is not a vehicle field"),
+        (b'length_m: true\n', 'length_m must be a positive number'),
+        (b'length_m: .inf\n', 'length_m must be a positive number'),
+        (b'max_steering_rad: 34.0\n', 'give it in radians'),
+    ],
+)
+def test_an_odd_vehicle_file_is_refused_by_name(tmp_path, content, words):
+    path = tmp_path / 'odd.yaml'
+    path.write_bytes(content)
+    with pytest.raises(SpanvlaError, match=f'odd.yaml.*{words}'):
+        load_vehicle(str(path))
+
+
 # Whatever comes in, what goes out is valid.
 
 numbers = st.one_of(

@@ -128,6 +128,14 @@ def test_what_is_not_known_is_refused_with_a_sentence(tmp_path, old, new, words)
     assert '\n' not in str(refused.value)
 
 
+def test_a_map_that_is_not_there_or_no_text_is_refused(tmp_path):
+    with pytest.raises(SpanvlaError, match=r'absent\.xodr: .*name an \.xodr file'):
+        load_opendrive(tmp_path / 'absent.xodr')
+    (tmp_path / 'binary.xodr').write_bytes(b'\xff\xfe')
+    with pytest.raises(SpanvlaError, match=r'binary\.xodr: not a text'):
+        load_opendrive(tmp_path / 'binary.xodr')
+
+
 def test_an_empty_map_is_refused(tmp_path):
     path = tmp_path / 'empty.xodr'
     path.write_text('<OpenDRIVE/>')

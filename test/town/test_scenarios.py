@@ -43,6 +43,9 @@ def test_the_hash_changes_with_any_range() -> None:
         ('speed_limit_mps: [1, 2]\n', 'speed_limit_mps'),
         ('drive_m: [a, b]\n', 'drive_m'),
         ('- 1\n', 'mapping'),
+        ('drive_m: [1,\n', 'not valid YAML'),
+        ('drive_m: [.nan, 2]\n', 'drive_m'),
+        ('1: 2\nmoons: 3\n', 'moons'),
     ],
 )
 def test_an_odd_range_file_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
@@ -50,6 +53,11 @@ def test_an_odd_range_file_is_refused_by_name(tmp_path: Path, text: str, named: 
     path.write_text(text)
     with pytest.raises(SpanvlaError, match=named):
         load_ranges(path)
+
+
+def test_an_absent_range_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpanvlaError, match='name a file of ranges'):
+        load_ranges(tmp_path / 'absent.yaml')
 
 
 def test_an_unknown_family_is_refused() -> None:
