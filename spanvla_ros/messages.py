@@ -215,12 +215,14 @@ def read_compressed_image(msg: Any, camera: str, info: Intrinsics | None = None)
         kind = 'JPEG' if jpeg else 'PNG'
         raise MessageError(f'compressed image: truncated {kind} ({len(data)} bytes)')
     try:
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+        # IMREAD_COLOR_RGB is not in the OpenCV of Ubuntu's apt.
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise MessageError('compressed image: the decoder refuses it') from error
     if picture is None:
         raise MessageError('compressed image: damaged, the decoder returns nothing')
     _check_against_info(picture.shape[1], picture.shape[0], info)
+    picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
     return CameraFrame(camera, stamp_ns_of(msg.header), picture)
 
 
@@ -240,9 +242,10 @@ def read_odometry(msg: Any) -> EgoState:
     for name, values in numbers.items():
         if not all(math.isfinite(value) for value in values):
             raise MessageError(f'odometry: {name} holds a number that is not finite')
-    norm = math.sqrt(q.w**2 + q.x**2 + q.y**2 + q.z**2)
+    # A square of 1e200 would raise; the length of such numbers is infinite.
+    norm = math.hypot(q.w, q.x, q.y, q.z)
     if abs(norm - 1.0) > 0.05:
-        raise MessageError(f'odometry: the orientation has length {norm:.3f}, a rotation has 1')
+        raise MessageError(f'odometry: the orientation has length {norm:.3g}, a rotation has 1')
     yaw_rad, _, _ = quat2euler((q.w, q.x, q.y, q.z), axes='rzyx')
     return EgoState(
         stamp_ns=stamp_ns_of(msg.header),

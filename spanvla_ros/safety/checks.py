@@ -26,6 +26,8 @@ MIN_HORIZON_S = 2.0
 MAX_HORIZON_S = 10.0
 MAX_GAP_S = 1.0
 MAX_WAYPOINTS = 200
+# Four places half a second apart have two changes of speed, the least that can be judged.
+MIN_KNOTS = 4
 WAYPOINT_SPACING_S = 0.5
 FUTURE_TOLERANCE_S = 0.1
 MAX_JERK_MPS3 = 25.0
@@ -100,6 +102,8 @@ def check_plan(plan: Plan, context: PlanContext) -> Rejection | None:
         if rejection is not None:
             return rejection
     times_s, poses = knots(plan)
+    if len(times_s) < MIN_KNOTS:
+        return Rejection(Reason.TIMES, f'waypoints too uneven: {len(times_s)} about 0.5 s apart')
     return (
         _check_start(times_s, poses, plan, context)
         or _check_direction(poses, context)
@@ -114,7 +118,7 @@ def knots(plan: Plan) -> tuple[Float64[np.ndarray, 'k'], Float64[np.ndarray, 'k 
     """Times and poses from the origin on, thinned to about half a second."""
     times_s, poses = plan.trajectory.times_s, plan.trajectory.poses
     stride = max(1, round(WAYPOINT_SPACING_S / float(np.median(np.diff(times_s)))))
-    first = min(stride - 1, len(times_s) - 1) if times_s[0] > 0 else stride
+    first = min(stride - 1 if times_s[0] > 0 else stride, len(times_s) - 1)
     rows = np.arange(first, len(times_s), stride)
     if rows[-1] != len(times_s) - 1:
         rows = np.append(rows, len(times_s) - 1)

@@ -125,6 +125,8 @@ class Follower:
         accel = (max(wanted_mps, 0.0) - speed_mps) / bounds.preview_s
         accel = min(max(accel, -vehicle.max_decel_mps2), vehicle.max_accel_mps2)
         wanted_mps = max(speed_mps + accel * bounds.preview_s, 0.0)
+        # An odometry that reads too high must not be answered by driving that fast.
+        wanted_mps = min(wanted_mps, vehicle.max_speed_mps)
         curvature = math.tan(self._steering_rad) / vehicle.wheelbase_m
         yaw_rate = max(wanted_mps, speed_mps) * curvature
         return DriveCommand(

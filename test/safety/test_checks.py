@@ -290,6 +290,18 @@ def test_a_plan_that_repeats_the_present_at_time_zero(judge, make_plan):
     assert judge(plan) is None
 
 
+@pytest.mark.parametrize(
+    'times_s',
+    [
+        [0.02, 0.04, 0.06, 0.08, 1.0, 2.0],
+        [0.0, 0.02, 0.04, 0.06, 1.0, 2.0],
+        [0.02, 0.04, 0.06, 0.5, 1.4, 2.3],
+    ],
+)
+def test_waypoints_too_uneven_to_be_judged_are_refused(judge, make_plan, times_s):
+    assert judge(timed(make_plan(), times_s)) is Reason.TIMES
+
+
 class TestMotion:
     """What goes out is judged by the poses; each fault is made by hand."""
 

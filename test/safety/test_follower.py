@@ -267,6 +267,14 @@ class TestBrake:
         assert held.yaw_rate_radps == pytest.approx(6.0 / 20.0, rel=0.1)
 
 
+def test_an_odometry_that_reads_too_high_is_not_driven_after(vehicle, make_ego):
+    straight = Track(1e6).trajectory(0.0, 8.0, SECOND)
+    command = Follower(vehicle).command(straight, make_ego(speed=60.0), SECOND)
+    assert command.reason == 'following'
+    assert command.speed_mps == vehicle.max_speed_mps == 20.0
+    assert command.accel_mps2 == -vehicle.max_decel_mps2
+
+
 @given(
     x=st.floats(-50, 50),
     y=st.floats(-50, 50),
@@ -287,6 +295,6 @@ def test_commands_are_finite_and_within_the_vehicle(
     command = follower.command(trajectory, ego, SECOND + late_ns)
     numbers = (command.speed_mps, command.yaw_rate_radps, command.accel_mps2, command.steering_rad)
     assert all(math.isfinite(number) for number in numbers)
-    assert command.speed_mps >= 0.0
+    assert 0.0 <= command.speed_mps <= vehicle.max_speed_mps
     assert -vehicle.max_decel_mps2 <= command.accel_mps2 <= vehicle.max_accel_mps2
     assert abs(command.steering_rad) <= vehicle.max_steering_rad
