@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / 'launch').glob('*.launch.xml'))
 # Cameras are named by the model, and the guardian's plan comes from the planner beside it.
 INPUTS = {
-    'guardian': {'odometry', 'acceleration', 'route'},
+    'guardian': {'odometry', 'route'},
     'planner': {'odometry', 'acceleration', 'route', 'command'},
     'shadow': {'odometry', 'acceleration', 'route', 'command'},
     'follower': {'odometry', 'vehicle_info'},
@@ -65,6 +65,17 @@ def test_every_input_of_the_vehicle_has_its_argument():
         given = {item.get('name'): item.get('value') for item in node.iter('param')}
         if 'output_frame' in {entry.name for entry in fields(SETTINGS[node.get('name')])}:
             assert given['output_frame'] == '$(var output_frame)'
+
+
+def test_the_recorder_hears_what_the_planner_sees_and_the_vehicle_is_told():
+    nodes = ElementTree.parse(ROOT / 'launch' / 'vehicle.launch.xml').iter('node')
+    remaps = {
+        node.get('name'): {item.get('from'): item.get('to') for item in node.iter('remap')}
+        for node in nodes
+    }
+    heard = remaps['recorder']
+    assert remaps['planner'].items() <= heard.items()
+    assert heard['output/twist'] == remaps['follower']['output/twist']
 
 
 def test_nothing_of_the_shadow_reaches_the_guardian():

@@ -13,9 +13,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 
-from geometry_msgs.msg import AccelWithCovarianceStamped
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
 from rclpy.duration import Duration
@@ -26,7 +24,7 @@ from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 from visualization_msgs.msg import MarkerArray
 
-from spanvla_ros.messages import MessageError, read_acceleration, read_odometry, read_route
+from spanvla_ros.messages import MessageError, read_odometry, read_route
 from spanvla_ros.ros.autoware import AutowareTrajectory
 from spanvla_ros.ros.diagnostics import (
     ERROR,
@@ -73,7 +71,6 @@ class GuardianNode(Node):
             ),
         )
         self._guardian.set_enabled(settings.enabled)
-        self._accel_mps2 = 0.0
         self._last: GuardianOutput | None = None
         self._jumps = 0
         self._published_s: float | None = None
@@ -102,9 +99,6 @@ class GuardianNode(Node):
         self._state_out = publish(String, 'output/state', LATCHED)
         self._autoware = AutowareTrajectory(self, RELIABLE) if self.settings.autoware else None
         subscribe(Odometry, 'input/odometry', self._on_odometry, BEST_EFFORT)
-        subscribe(
-            AccelWithCovarianceStamped, 'input/acceleration', self._on_acceleration, BEST_EFFORT
-        )
         # A bag offers its latched route as volatile, which a latched subscription never sees.
         for profile in (LATCHED, RELIABLE):
             subscribe(PathMessage, 'input/route', self._on_route, profile)
@@ -127,7 +121,7 @@ class GuardianNode(Node):
 
     def _on_odometry(self, message: Odometry) -> None:
         try:
-            ego = replace(read_odometry(message), accel_mps2=self._accel_mps2)
+            ego = read_odometry(message)
             if message.header.frame_id != self.settings.output_frame:
                 raise MessageError(
                     f'odometry: frame {message.header.frame_id!r:.40} is not output_frame '
@@ -148,12 +142,6 @@ class GuardianNode(Node):
         with self._lock:
             self._guardian.refuse(source, 'unreadable')
         self._meters[source].fault(self._now_ns(), sentence)
-
-    def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
-        try:
-            self._accel_mps2 = read_acceleration(message)
-        except MessageError as error:
-            self._meters['odometry'].fault(self._now_ns(), str(error))
 
     def _on_route(self, message: PathMessage) -> None:
         try:

@@ -255,7 +255,7 @@ def roll_out(
     wish = _Wish(speed_law, ego.stamp_ns, vehicle) if isinstance(speed_law, Profile) else None
     decel = 0.0 if isinstance(speed_law, Profile) else speed_law
     index = 0 if path is None else max(path.start_index(x, y) - 1, 0)
-    accel = ego.accel_mps2
+    accel = 0.0
     rows = [(x, y, yaw, speed, speed * math.tan(steering) / vehicle.wheelbase_m)]
     accels = []
     for step in range(STEPS):

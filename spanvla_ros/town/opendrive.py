@@ -189,7 +189,7 @@ def load_opendrive(path: str | Path) -> OpenDriveMap:
     """Read an `.xodr` file.
 
     Raises:
-        SpanvlaError: no such file, not OpenDRIVE, or something in it that this reader does not know.
+        SpanvlaError: no such file, not OpenDRIVE, or something this reader does not know.
     """
     path = Path(path)
     try:

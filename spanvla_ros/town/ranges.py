@@ -114,9 +114,7 @@ def load_ranges(path: str | Path | None = None) -> Ranges:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ranges_sha256(ranges: Ranges | None = None) -> str:
