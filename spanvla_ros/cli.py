@@ -199,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A file the user named; an OSError without one is ours.
         if error.filename is None:
             raise
-        return _fault(name, SpanvlaError(f'{error.filename}: {error.strerror}'))
+        # Of a rename the name that was asked for, not the temporary one.
+        place = error.filename2 or error.filename
+        return _fault(name, SpanvlaError(f'{place}: {error.strerror}'))
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from spanvla_ros import __version__, cli
+from spanvla_ros.model.checkpoint import write_text
 from spanvla_ros.types import SpanvlaError
 
 
@@ -99,6 +100,12 @@ def test_a_missing_file_is_a_users_fault(monkeypatch, capsys, tmp_path):
     fake_command(monkeypatch, lambda options: missing.read_text() and 0)
     assert cli.main(['fake']) == 2
     assert capsys.readouterr().err == f'spanvla fake: {missing}: No such file or directory\n'
+
+
+def test_a_file_that_cannot_be_put_in_place_is_named_as_typed(monkeypatch, capsys, tmp_path):
+    fake_command(monkeypatch, lambda options: write_text(tmp_path, 'x') or 0)
+    assert cli.main(['fake']) == 2
+    assert capsys.readouterr().err == f'spanvla fake: {tmp_path}: Is a directory\n'
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ LATCHED = QoSProfile(
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
 TIMEOUT_S = 2.0
+# While a maneuver runs, standby is asked for this often: a guardian that was started again
+# meanwhile has forgotten it.
+REMIND_NS = 1_000_000_000
 # While Autoware stops the vehicle itself, ours must not pull the other way.
 STANDBY_STATES = ('operating', 'succeeded', 'failed')
 
@@ -45,7 +48,9 @@ class AutowareInputs:
         self._node = node
         self._lanelet_route: Any = None
         self._path: Any = None
-        self._enabled: bool | None = None
+        # Nothing was asked of the guardian yet: how it starts is its own parameter.
+        self._standby = False
+        self._asked_ns = 0
         self.meters = {
             name: InputMeter(f'input/{name}', TIMEOUT_S, required=False)
             for name in ('autoware_path', 'lanelet_route', 'operation_mode', 'mrm_state')
@@ -113,10 +118,11 @@ class AutowareInputs:
             meter.fault(self._now_ns(), str(error))
             return
         meter.arrived(self._now_ns())
-        enabled = state not in STANDBY_STATES
-        if enabled != self._enabled and self._set_enabled.service_is_ready():
-            self._enabled = enabled
-            self._set_enabled.call_async(SetBool.Request(data=enabled))
+        standby, now_ns = state in STANDBY_STATES, self._now_ns()
+        due = standby and not 0 <= now_ns - self._asked_ns < REMIND_NS
+        if (standby != self._standby or due) and self._set_enabled.service_is_ready():
+            self._standby, self._asked_ns = standby, now_ns
+            self._set_enabled.call_async(SetBool.Request(data=not standby))
 
 
 class AutowareNode(Node):

@@ -26,7 +26,11 @@ class BagFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open `path` for writing; an existing file is refused."""
+        """Open `path` for writing.
+
+        Raises:
+            SpanvlaError: it exists already, or cannot be written there.
+        """
         self.path = Path(path)
         self.part = part_folder(self.path)
         if self.path.exists() or self.part.exists():
@@ -34,7 +38,12 @@ class BagFile:
         self._types = get_typestore(Stores.LATEST)
         self._writer = Writer(self.part, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
-        self._writer.open()
+        try:
+            self._writer.open()
+        except OSError as error:
+            raise SpanvlaError(
+                f'{self.path}: {error.strerror}; name a file in a folder that can be written'
+            ) from error
         self._connections: dict[str, Connection] = {}
         self._pending = 0
 

@@ -55,7 +55,9 @@ class InputMeter:
 
     def status(self, now_ns: int) -> DiagnosticStatus:
         """The input's line: ERROR after a refusal, STALE when silent, WARN in doubt, else OK."""
-        arrivals = [ns for ns in self._arrivals_ns if now_ns - ns < 5_000_000_000]
+        # Another thread may count an arrival meanwhile; a copy is made in one go.
+        known = tuple(self._arrivals_ns)
+        arrivals = [ns for ns in known if now_ns - ns < 5_000_000_000]
         rate_hz = (
             (len(arrivals) - 1) / max((arrivals[-1] - arrivals[0]) / 1e9, 1e-6)
             if (len(arrivals) > 1)
@@ -69,14 +71,14 @@ class InputMeter:
             'refused': str(sum(self._faults.values())),
             **self.extra,
         }
-        if self._stamp_ns is not None and self._arrivals_ns:
-            values['age_ms'] = f'{(self._arrivals_ns[-1] - self._stamp_ns) / 1e6:.1f}'
+        if self._stamp_ns is not None and known:
+            values['age_ms'] = f'{(known[-1] - self._stamp_ns) / 1e6:.1f}'
         if self._fault and now_ns - self._fault_ns < FAULT_SHOWN_S * 1e9:
             return status(self.name, ERROR, self._fault, values)
-        if not self._arrivals_ns:
+        if not known:
             level = WARN if self.required else OK
             return status(self.name, level, 'nothing received yet', values)
-        silent_s = (now_ns - self._arrivals_ns[-1]) / 1e9
+        silent_s = (now_ns - known[-1]) / 1e9
         if self.required and silent_s > self.timeout_s:
             return status(self.name, STALE, f'silent for {silent_s:.1f} s', values)
         if self.warning:
@@ -99,7 +101,8 @@ class StageMeter:
     def values(self) -> dict[str, str]:
         """`<stage>_p50` and `<stage>_p99`, in milliseconds as text."""
         content = {}
-        for name, durations_ms in self._stages_ms.items():
+        # As above: a stage may be added meanwhile.
+        for name, durations_ms in tuple(self._stages_ms.items()):
             p50, p99 = np.percentile(np.array(durations_ms), [50, 99])
             content[f'{name}_p50'] = f'{p50:.1f}'
             content[f'{name}_p99'] = f'{p99:.1f}'

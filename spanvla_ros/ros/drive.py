@@ -114,7 +114,13 @@ def run(options: argparse.Namespace) -> int:
     if not recording.exists():
         why = failure or f'see {drive.log_dir}'
         raise SpanvlaError(f'drive: nothing was recorded; {why}')
-    return report(recording, drive, failure)
+    try:
+        return report(recording, drive, failure)
+    except SpanvlaError as error:
+        if not failure:
+            raise
+        # Where nothing was driven, why it broke off says more than what the recording lacks.
+        raise SpanvlaError(f'drive: {failure}') from error
 
 
 def _check(options: argparse.Namespace) -> None:

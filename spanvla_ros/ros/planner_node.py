@@ -88,6 +88,7 @@ class PlannerNode(LifecycleNode):
 
     def on_configure(self, _state: LifecycleState) -> TransitionCallbackReturn:
         """Verify, load and warm up the model, then subscribe to its cameras."""
+        self._loading = ''
         try:
             self._model = model = self._load()
             extrinsics = Extrinsics(self, self.settings, model.config.cameras)
@@ -209,8 +210,9 @@ class PlannerNode(LifecycleNode):
         """Load beside the running model; the worker takes it over between two plans."""
         try:
             self._next_model = self._load()
-        except SpanvlaError as error:
-            self._note_fault(str(error))
+        except Exception as error:
+            # Whatever it was, the old model goes on.
+            self._note_fault(f'reload: {type(error).__name__}: {error}')
         finally:
             self._loading = ''
 

@@ -225,8 +225,8 @@ class RecorderNode(Node):
             if not item or time.monotonic() - self._flushed_s >= self.settings.flush_s:
                 self._file.flush()
                 self._flushed_s = time.monotonic()
-        except OSError as error:
-            # A full disk must not end the process: the diagnostics say it, driving goes on.
+        except Exception as error:
+            # A full disk must not end the process, nor the thread: the diagnostics say it.
             self._fault = f'writing failed: {error}'
         return True
 

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         )
         tally = _Tally()
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        _write(options.out, tally.lines(results))
+        _write(options.out, tally.lines(results, options.rows))
         stamp = tally.stamp(scorer, versions, source, options)
         _write(options.out.with_name(f'{options.out.name}.stamp.json'), [stamp])
     sys.stdout.write(tally.summary(options.out) + '\n')
@@ -93,8 +93,12 @@ class _Tally:
         self.references: Counter[str] = Counter()
         self.sums: Counter[str] = Counter()
 
-    def lines(self, results: Iterable[RowResult]) -> Iterator[str]:
-        """The text of each result line; a refusal is said on stderr as well."""
+    def lines(self, results: Iterable[RowResult], rows: Path) -> Iterator[str]:
+        """The text of each result line; a refusal is said on stderr as well.
+
+        Raises:
+            SpanvlaError: the file `rows` has given none.
+        """
         for result in results:
             content = result.content
             if result.error is not None:
@@ -106,6 +110,8 @@ class _Tally:
                 self.references[content['reference']] += 1
                 self.sums.update(result.totals)
             yield json.dumps(content, allow_nan=False, separators=(',', ':')) + '\n'
+        if not (self.scored or self.refused):
+            raise SpanvlaError(f'{rows}: holds no row; name a file of planned trajectories')
 
     @property
     def means(self) -> dict[str, float]:

@@ -3,7 +3,6 @@
 `torchrun` and `accelerate launch` start the processes of one or of many machines and tell each its
 place in the environment; without them the processes are started here.
 
-
 On a CPU two processes of one thread train faster than one process of two threads. All processes
 hold the same weights and take the same optimiser step, so nothing but gradients travels.
 """
@@ -11,6 +10,7 @@ hold the same weights and take the same optimiser step, so nothing but gradients
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def run_group(
     Under a launcher the processes are there already, and this one joins them.
 
     Raises:
-        SpanvlaError: another process has failed; its traceback went to stderr.
+        SpanvlaError: another process has failed; its fault went to stderr.
     """
     torch.set_num_threads(threads)
     joined = launched()
@@ -90,7 +90,7 @@ def run_group(
         meeting = f'file://{Path(folder) / "meeting"}'
         others = [
             context.Process(
-                target=_member,
+                target=_other,
                 args=(work, Group(rank, size, rank, size), threads, meeting, arguments),
                 daemon=True,
             )
@@ -111,6 +111,21 @@ def run_group(
                 other.join(timeout=10.0)
                 if other.is_alive():
                     other.terminate()
+
+
+def _other(
+    work: Callable[..., None],
+    group: Group,
+    threads: int,
+    meeting: str,
+    arguments: tuple[Any, ...],
+) -> None:
+    """One of the processes started here; a user's fault is one sentence in it, too."""
+    try:
+        _member(work, group, threads, meeting, arguments)
+    except SpanvlaError as error:
+        sys.stderr.write(f'process {group.rank}: {error}\n')
+        raise SystemExit(2) from None
 
 
 def _member(

@@ -121,15 +121,25 @@ def test_operation_mode_becomes_engaged(desk):
 
 def test_a_maneuver_puts_the_guardian_in_standby_until_it_is_over(desk):
     state = empty('autoware_adapi_v1_msgs/msg/MrmState')
-    for number in (1, 1, 2, 2, 3, 1):
+    # The first `normal` enables nothing: a guardian may have been started in standby.
+    for number in (1, 1, 2, 2, 3, 1, 1):
         state.state = number
         desk.callbacks['input/mrm_state'](state)
-    assert [name for name, _ in desk.calls] == ['guardian/set_enabled'] * 3
-    assert [request.data for _, request in desk.calls] == [True, False, True]
+    assert [name for name, _ in desk.calls] == ['guardian/set_enabled'] * 2
+    assert [request.data for _, request in desk.calls] == [False, True]
     state.state = 77
     desk.callbacks['input/mrm_state'](state)
-    assert len(desk.calls) == 3
+    assert len(desk.calls) == 2
     assert '77' in desk.inputs.meters['mrm_state'].status(1_000_000_000).message
+
+
+def test_standby_is_asked_for_again_while_the_maneuver_runs(desk, monkeypatch):
+    state = empty('autoware_adapi_v1_msgs/msg/MrmState')
+    for number, at_s in ((2, 10.0), (2, 10.9), (3, 11.0), (1, 11.1), (1, 20.0)):
+        state.state, now_ns = number, round(at_s * 1e9)
+        monkeypatch.setattr(desk.inputs, '_now_ns', lambda now_ns=now_ns: now_ns)
+        desk.callbacks['input/mrm_state'](state)
+    assert [request.data for _, request in desk.calls] == [False, False, True]
 
 
 def test_the_node_without_autoware_ends_with_a_sentence(launch):

@@ -41,6 +41,7 @@ def spanvla(*words: str) -> list[str]:
         (('--seed', '-1'), '--seed'),
         (('--set', 'planner.colour=red'), 'planner has'),
         (('--set', 'nonsense'), 'NODE.PARAMETER=VALUE'),
+        (('--set', 'planner.camera_topics=[a'), 'not a YAML value'),
         (('--model', '/nowhere'), '/nowhere'),
         (('--vehicle', '/nowhere.yaml'), '/nowhere.yaml'),
     ],
@@ -52,6 +53,14 @@ def test_bad_options_are_one_sentence_and_leave_nothing(words, sentence, tmp_pat
     assert sentence in error
     assert error.count('\n') == 1
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_refuses_its_parameters_is_why_nothing_was_driven(tmp_path, capfd):
+    assert cli.main(['drive', '--out', str(tmp_path / 'out'), '--backend', 'abacus']) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert 'the planner node ended with status 2' in said
+    assert "backend is 'abacus'; choose from auto" in said
 
 
 def test_the_vehicle_reaches_every_node_and_the_summary(tmp_path, toy_model):

@@ -64,6 +64,12 @@ def test_an_existing_file_is_not_touched(tmp_path):
     assert path.read_bytes() == b'precious'
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / 'file').write_text('not a folder')
+    with pytest.raises(SpanvlaError, match=r'file/drive\.mcap: Not a directory; name a file'):
+        BagFile(tmp_path / 'file' / 'drive.mcap')
+
+
 def kept(recent: Recent) -> list[int]:
     return [stamp_ns // SECOND for _, _, stamp_ns, _ in recent.items]
 

@@ -162,7 +162,8 @@ def test_given_references_need_a_file(golden, tmp_path, capsys):
 def test_a_missing_or_damaged_file_is_one_sentence(tmp_path, capsys):
     damaged = tmp_path / 'rows.jsonl.gz'
     damaged.write_bytes(b'\x1f\x8b\x08\x00 not really gzip')
-    for rows in (tmp_path / 'absent.jsonl', damaged):
+    (tmp_path / 'empty.jsonl').touch()
+    for rows in (tmp_path / 'absent.jsonl', damaged, tmp_path / 'empty.jsonl'):
         assert cli.main(['score', '--rows', str(rows), '--out', str(tmp_path / 'o.jsonl')]) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1

@@ -22,6 +22,7 @@ from random_rows import random_rows, write_shards  # noqa: E402
 
 from spanvla_ros import cli  # noqa: E402
 from spanvla_ros.model.checkpoint import settle_directory  # noqa: E402
+from spanvla_ros.training import parallel  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet, write_shard  # noqa: E402
 from spanvla_ros.training.stages import sft  # noqa: E402
 from spanvla_ros.types import SpanvlaError  # noqa: E402
@@ -230,3 +231,14 @@ def test_negatives_are_never_imitated(tmp_path, capfd, monkeypatch):
     assert 'holds 0 rows of recovery' in capfd.readouterr().err
     assert np.unique(ShardSet(tmp_path).labels).tolist() == ['negative', 'positive']
     assert (tmp_path / 'run/state').exists()
+
+
+def test_a_users_fault_in_another_process_is_one_sentence(monkeypatch, capsys):
+    def refuse(*_):
+        raise SpanvlaError('rows.parquet: damaged')
+
+    monkeypatch.setattr(parallel, '_member', refuse)
+    with pytest.raises(SystemExit) as ended:
+        parallel._other(refuse, parallel.Group(1, 2), 1, 'file://nowhere', ())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == 'process 1: rows.parquet: damaged\n'
