@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,4 +176,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise SpanvlaError(f'{path}: not JSON ({error})') from error
     if not isinstance(content, dict) or not isinstance(content.get('objects'), list):
         raise SpanvlaError(f'{path}: no list "objects"; it is not a rig of the ros-bridge')
+    for item in content['objects']:
+        sensors = item.get('sensors', []) if isinstance(item, dict) else None
+        if not isinstance(sensors, list) or not all(map(_is_sensor, sensors)):
+            raise SpanvlaError(f'{path}: {item!r:.60} is no object of the ros-bridge; mend it')
     return content
+
+
+def _is_sensor(item: object) -> bool:
+    """Whether this is a mapping, and what is a number in a sensor's is one."""
+    if not isinstance(item, dict):
+        return False
+    place = item.get('spawn_point', {})
+    if not isinstance(place, dict):
+        return False
+    numbers = [item.get(name, 0) for name in ('fov', 'image_size_x', 'image_size_y')]
+    return all(
+        isinstance(value, int | float) and math.isfinite(value)
+        for value in (*numbers, *place.values())
+    )

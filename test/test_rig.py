@@ -118,7 +118,18 @@ def test_bad_input_is_one_sentence(words, said, capsys):
     assert error.count('\n') == 1
 
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"objects": 3}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '{',
+        '[]',
+        '{"objects": 3}',
+        '{"objects": [3]}',
+        '{"objects": [{"id": "ego_vehicle", "sensors": [3]}]}',
+        '{"objects": [{"id": "ego_vehicle", "sensors": [{"id": "front", "spawn_point": 3}]}]}',
+        '{"objects": [{"id": "ego_vehicle", "sensors": [{"id": "front", "fov": "wide"}]}]}',
+    ],
+)
 def test_a_file_that_is_no_rig_is_one_sentence(text, tmp_path, capsys):
     path = tmp_path / 'objects.json'
     path.write_text(text)

@@ -28,6 +28,8 @@ CUDA = ('CUDAExecutionProvider', *CPU)
 _PROVIDER_OPTIONS = {'CUDAExecutionProvider': {'use_tf32': '0'}}
 TENSORRT = ('TensorrtExecutionProvider', *CUDA)
 EIGHT_BIT = ('int8', 'fp8')
+# As `runtime.backend.LOADERS` calls them.
+ENGINES = {CPU: 'onnxruntime', CUDA: 'onnxruntime-cuda', TENSORRT: 'onnxruntime-tensorrt'}
 INPUTS: Mapping[str, tuple[str, ...]] = {
     'vision': ('pixels',),
     'prefill_action': ('ids', 'embeds', 'valid'),
@@ -69,7 +71,7 @@ class OnnxBackend:
             SpanvlaError: ONNX Runtime or a provider is missing, or a graph does not fit.
         """
         self.config: ModelConfig = directory.config
-        self.name = 'onnxruntime' if precision == 'fp32' else f'onnxruntime:{precision}'
+        self.name = engine_name(providers, precision)
         if precision == 'bf16' and tuple(providers) == CPU:
             raise SpanvlaError(
                 f'{directory.path}: ONNX Runtime has no bf16 on a CPU; use onnxruntime-cuda:bf16'
@@ -193,6 +195,12 @@ class OnnxBackend:
         feed = dict(zip(INPUTS[graph], arrays, strict=True))
         outputs: list[Array] = self._sessions[graph].run(OUTPUTS[graph], feed)
         return outputs
+
+
+def engine_name(providers: Sequence[str], precision: str) -> str:
+    """What plans and reports call the engine; two that run elsewhere must not share a name."""
+    engine = ENGINES.get(tuple(providers), 'onnxruntime')
+    return engine if precision == 'fp32' else f'{engine}:{precision}'
 
 
 def _open_session(

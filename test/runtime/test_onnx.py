@@ -8,11 +8,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from spanvla_ros.model.checkpoint import load_model_dir, write_manifest
+from spanvla_ros.model.checkpoint import PRECISIONS, load_model_dir, write_manifest
 from spanvla_ros.model.config import dump_config, with_settings
 from spanvla_ros.model.flow import euler, time_features
-from spanvla_ros.runtime.backend import open_backend
-from spanvla_ros.runtime.onnx_ import CUDA, OnnxBackend, external_locations
+from spanvla_ros.runtime.backend import LOADERS, open_backend
+from spanvla_ros.runtime.onnx_ import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    OnnxBackend,
+    engine_name,
+    external_locations,
+)
 from spanvla_ros.runtime.reasoner import padded
 from spanvla_ros.types import MissingExtraError, SpanvlaError
 
@@ -94,6 +101,15 @@ def test_external_data_beside_the_graph_is_used_and_found(copy):
     assert external_locations(path.read_bytes()) == {'weights.data'}
     write_manifest(copy)
     assert OnnxBackend(load_model_dir(copy)).name == 'onnxruntime'
+
+
+def test_every_engine_of_onnx_runtime_has_the_name_it_is_opened_by():
+    named = {
+        engine_name(providers, precision)
+        for providers in (CPU, CUDA, TENSORRT)
+        for precision in PRECISIONS
+    }
+    assert named == {name for name in LOADERS if name.startswith('onnxruntime')}
 
 
 def test_inputs_of_other_names_are_refused(copy):
