@@ -98,7 +98,8 @@ def write_bag(folder: Path, content: list[tuple[str, str, int, object]]) -> Path
         for topic, kind, stamp_ns, item in content:
             if topic not in connections:
                 connections[topic] = writer.add_connection(topic, kind, typestore=TYPES)
-            writer.write(connections[topic], stamp_ns, TYPES.serialize_cdr(item, kind))
+            data = item if isinstance(item, bytes) else TYPES.serialize_cdr(item, kind)
+            writer.write(connections[topic], stamp_ns, data)
     return folder
 
 
@@ -264,12 +265,15 @@ def test_bad_messages_are_counted_not_fatal(model, tmp_path):
     content += [
         ('/cam/compressed', 'sensor_msgs/msg/CompressedImage', broken, torn),
         ('/odom', 'nav_msgs/msg/Odometry', broken, nan),
+        ('/odom', 'nav_msgs/msg/Odometry', broken, b'\x00\x01\x00\x00' + b'\xff' * 40),
+        ('/odom', 'nav_msgs/msg/Odometry', broken, b''),
     ]
     bag = write_bag(tmp_path / 'bag', sorted(content, key=lambda entry: entry[2]))
     assert replay(bag, model, tmp_path / 'out') == 0
     refused = ' '.join(results(tmp_path / 'out')[0]['refused_inputs'])
     assert 'truncated JPEG' in refused
     assert 'position holds a number that is not finite' in refused
+    assert 'its bytes are no nav_msgs/msg/Odometry' in refused
 
 
 def test_nothing_but_torch_free_modules_is_loaded(model, tmp_path):

@@ -6,6 +6,7 @@ Reads what rosbags reads (MCAP and SQLite3 of ROS 2); no ROS installation is nee
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from rosbags.interfaces import Connection
 from rosbags.rosbag2 import ReaderError
 from rosbags.typesys import Stores, get_typestore
 
+from spanvla_ros.messages import MessageError
 from spanvla_ros.types import SpanvlaError
 
 IMAGE = 'sensor_msgs/msg/Image'
@@ -53,7 +55,7 @@ def open_bag(path: str | Path) -> Iterator[AnyReader]:
     """An open reader of a bag folder or file.
 
     Raises:
-        SpanvlaError: nothing there, or not a bag.
+        SpanvlaError: nothing there, not a bag, or while it is open one that breaks off.
     """
     path = Path(path)
     if not path.exists():
@@ -65,6 +67,8 @@ def open_bag(path: str | Path) -> Iterator[AnyReader]:
         raise SpanvlaError(f'{path}: not a readable ROS 2 bag ({error})') from error
     try:
         yield reader
+    except (AnyReaderError, ReaderError, sqlite3.Error) as error:
+        raise SpanvlaError(f'{path}: damaged ({error}); record or copy it again') from error
     finally:
         reader.close()
 
@@ -191,7 +195,7 @@ def _one(
 
 
 def messages_in_order(reader: AnyReader, topics: Topics) -> Iterator[tuple[str, Any]]:
-    """`(topic, message)` by time of reception.
+    """`(topic, message)` by time of reception; a `MessageError` stands for unreadable bytes.
 
     Messages received at the same instant come with route and camera_info first, then odometry,
     then pictures: a planner on the road has the ego pose of an instant before it has decoded its
@@ -214,7 +218,11 @@ def _deserialized(
     reader: AnyReader, held: list[tuple[int, Connection, bytes]]
 ) -> Iterator[tuple[str, Any]]:
     for _, connection, raw in sorted(held, key=lambda item: item[0]):
-        yield connection.topic, reader.deserialize(raw, connection.msgtype)
+        try:
+            message = reader.deserialize(raw, connection.msgtype)
+        except AnyReaderError as error:
+            message = MessageError(f'its bytes are no {connection.msgtype} ({error})')
+        yield connection.topic, message
 
 
 def static_transforms(reader: AnyReader) -> dict[tuple[str, str], Float64[np.ndarray, '3']]:

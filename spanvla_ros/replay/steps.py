@@ -104,6 +104,8 @@ class Replay:
     def feed(self, topic: str, message: Any) -> None:
         """Take one message; a bad one is counted under its reason."""
         try:
+            if isinstance(message, MessageError):
+                raise message
             if topic in self._cameras:
                 self._on_picture(self._cameras[topic], message)
             elif topic == self.topics.odometry:
