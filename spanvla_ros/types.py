@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, UInt8
@@ -290,15 +290,12 @@ def _triple(value: object) -> tuple[float, float, float]:
     return _number(value[0]), _number(value[1]), _number(value[2])
 
 
-AgentKind = Literal['vehicle', 'pedestrian', 'bicycle', 'static']
-
-
 @dataclass(frozen=True)
 class SceneAgent:
     """A road user or object over time: `states` columns x, y, yaw, vx, vy in the world frame.
 
-    One state means it stands there always; else it exists from the first to the last time.
-    Poses are of the box centre.
+    `kind` is `vehicle`, `pedestrian`, `bicycle` or `static`. One state means it stands there
+    always; else it exists from the first to the last time. Poses are of the box center.
     """
 
     agent_id: str

@@ -72,7 +72,7 @@ def summary_of(recording: Recording, vehicle: Vehicle) -> dict[str, Any]:
     # A camera that is never there is never encoded and says nothing about the rate.
     seen = [len({stamp for stamp in column if stamp is not None}) for column in columns]
     seen = [count for count in seen if count]
-    fresh, output_ages_ms = _freshness(recording, window, outputs)
+    fresh, output_ages_ms = _freshness(recording, outputs)
     faults = _faults(recording, outputs, vehicle)
     stages: dict[str, list[float]] = {}
     for plan in plans:
@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
 
 
 def _freshness(
-    recording: Recording, window: Window, outputs: Sequence[OutputRecord]
+    recording: Recording, outputs: Sequence[OutputRecord]
 ) -> tuple[float | None, list[float]]:
     """Share of outputs on a plan of the last 1.5 camera periods, and the K/V age of each output.
 

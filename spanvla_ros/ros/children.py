@@ -90,7 +90,6 @@ class NodeProcess:
     environment: Mapping[str, str]
     log_dir: Path
     restarts: int = 0
-    cpu_s: float = 0.0
     process: subprocess.Popen[bytes] | None = None
     module: str = ''
     remaps: Mapping[str, str] = field(default_factory=dict)

@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
-from typing import Protocol, runtime_checkable
 
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -21,17 +21,10 @@ HARD_EXIT_S = 2.8
 PARENT_VARIABLE = 'SPANVLA_PARENT_PID'
 
 
-@runtime_checkable
-class ClosableNode(Protocol):
-    """A node with something of its own to stop before it is destroyed."""
-
-    def close(self) -> None:
-        """Stop threads and files; called once, before the node is destroyed."""
-
-
 def run_node(make: Callable[[], Node]) -> int:
     """Make a node, spin it until SIGINT or SIGTERM, stop it; returns the exit status.
 
+    A node with threads or files of its own has a `close`, called before it is destroyed.
     A second signal during shutdown is ignored, and a shutdown that hangs is cut after
     `HARD_EXIT_S`: a middleware blocked in its own locks would otherwise outlive the drive.
     """
@@ -43,7 +36,12 @@ def run_node(make: Callable[[], Node]) -> int:
             stopping = True
             _arm_hard_exit()
 
-    rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:
+        # ROS arguments, a parameter file or a domain that are none; rclpy has a type for each.
+        _say(f'{Path(sys.argv[0]).stem}: {" ".join(str(error).split()):.300}')
+        return 2
     executor = SingleThreadedExecutor()
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -78,13 +76,16 @@ def _arm_hard_exit() -> None:
 
 
 def _close(node: Node | None) -> None:
+    for name in ('close', 'destroy_node'):
+        _try(getattr(node, name, None))
+    _try(rclpy.try_shutdown)
+
+
+def _try(end: Callable[[], object] | None) -> None:
+    """Do one thing of the end; whatever comes of it, the next one is done too."""
     try:
-        if node is not None:
-            close = getattr(node, 'close', None)
-            if close is not None:
-                close()
-            node.destroy_node()
-        rclpy.try_shutdown()
+        if end is not None:
+            end()
     except Exception as error:
         _say(f'shutdown: {type(error).__name__}: {error}')
 
