@@ -106,7 +106,7 @@ def read_route_places(
     """Frame and places of an `autoware_planning_msgs/Path`, up to the goal of a `LaneletRoute`.
 
     A `LaneletRoute` names lanelets and holds no geometry but start and goal; the geometry comes
-    from the path that Autoware's behaviour planner draws along it.
+    from the path that Autoware's behavior planner draws along it.
 
     Raises:
         SpanvlaError: a place that is no number, or a goal in another frame.

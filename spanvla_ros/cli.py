@@ -79,7 +79,7 @@ COMMANDS = {
     ),
     'scenes': Command(
         'spanvla_ros.training.data.scenes',
-        'draw labelled scenes of the town',
+        'draw labeled scenes of the town',
         (
             'spanvla scenes --count 1000 --seed 0 --out out/scenes',
             'spanvla scenes --count 200 --seed 1000000 --out out/held_out',

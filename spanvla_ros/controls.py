@@ -50,7 +50,7 @@ class CarlaCar:
 
     `full_lock_rad` is the wheel angle at `steer` = 1. The other defaults are those of the
     ros-bridge's Ackermann controller: 3 m/s2 at full throttle, 8 m/s2 at full brake, 500 N of
-    engine brake and 1500 kg; air and tyres resist with `resistance_mps2` and `drag_per_m` times
+    engine brake and 1500 kg; air and tires resist with `resistance_mps2` and `drag_per_m` times
     the speed squared.
     """
 

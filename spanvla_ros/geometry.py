@@ -1,4 +1,4 @@
-"""Plane geometry on numpy arrays: angles, poses, polylines, boxes. Metres and radians."""
+"""Plane geometry on numpy arrays: angles, poses, polylines, boxes. Meters and radians."""
 
 from __future__ import annotations
 
@@ -121,10 +121,10 @@ def project_on_polyline(
 
 
 def box_corners(pose: ArrayLike, length_m: ArrayLike, width_m: ArrayLike) -> Points:
-    """Corners of boxes by centre poses: front-left, rear-left, rear-right, front-right.
+    """Corners of boxes by center poses: front-left, rear-left, rear-right, front-right.
 
     Args:
-        pose: `[..., 3]` centre poses.
+        pose: `[..., 3]` center poses.
         length_m: `[...]` lengths, along yaw.
         width_m: `[...]` widths.
     """

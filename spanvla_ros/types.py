@@ -309,7 +309,7 @@ class SceneAgent:
 
 @dataclass(frozen=True)
 class SceneLane:
-    """One lane or connector: its centre line in driving direction and its area."""
+    """One lane or connector: its center line in driving direction and its area."""
 
     lane_id: str
     centerline: Float64[np.ndarray, 'n 2']
@@ -363,7 +363,7 @@ class SceneEgo:
 
 @dataclass(frozen=True)
 class Scene:
-    """One labelled moment of the world: agents over time, map, lights, route, ego.
+    """One labeled moment of the world: agents over time, map, lights, route, ego.
 
     `ego_history` runs at 2 Hz, oldest first, and ends at the present. `human` holds the recorded
     2 Hz poses `(x, y, yaw)` after the present, in the world frame.
@@ -404,7 +404,7 @@ class Sample:
 class Vehicle:
     """Dimensions and limits of the vehicle; the defaults are NAVSIM's Pacifica.
 
-    `rear_axle_to_center_m` leads from `base_link` to the box centre. Limits are magnitudes:
+    `rear_axle_to_center_m` leads from `base_link` to the box center. Limits are magnitudes:
     `max_decel_mps2` is the full service brake, `comfort_decel_mps2` the gentle stop.
     """
 

@@ -89,7 +89,7 @@ def motion_of(rig: Rig) -> Motion | None:
 
 
 def smoothed(values: Values) -> Values:
-    """The mean over half a second: a centimetre in a position is a lot of course."""
+    """The mean over half a second: a centimeter in a position is a lot of course."""
     half = SMOOTHING // 2
     # Straight on at both ends, so that a steady turn stays one.
     before = 2.0 * values[0] - values[half:0:-1]

@@ -32,7 +32,7 @@ Gray = UInt8[np.ndarray, 'h w']
 
 @dataclass(frozen=True)
 class Mount:
-    """Where a camera sits in `base_link`: its centre, and its optical axes as columns."""
+    """Where a camera sits in `base_link`: its center, and its optical axes as columns."""
 
     center_m: Float64[np.ndarray, '3']
     base_from_optical: Float64[np.ndarray, '3 3']

@@ -176,7 +176,7 @@ def anchors_of(normalization: Normalization) -> Float64[np.ndarray, 'k t 3']:
 def fit_anchors(
     states: Float64[np.ndarray, 'n t 3'], count: int, seed: int = 0
 ) -> Float64[np.ndarray, 'k t 3']:
-    """K-means of normalised trajectories, started by k-means++; empty clusters start anew."""
+    """K-means of normalized trajectories, started by k-means++; empty clusters start anew."""
     if len(states) < count:
         raise SpanvlaError(f'anchors: {count} need as many trajectories, there are {len(states)}')
     rng = np.random.default_rng(seed)
@@ -245,7 +245,7 @@ def _decode_tokens(
 
 
 def waypoint_text(poses: Float64[np.ndarray, 't 3']) -> str:
-    """Poses in words: `x y yaw ;` for each, metres and degrees on the 0.5 grid."""
+    """Poses in words: `x y yaw ;` for each, meters and degrees on the 0.5 grid."""
     words = [
         (number_word(x), number_word(y), number_word(math.degrees(yaw)), WAYPOINT_END)
         for x, y, yaw in poses.tolist()

@@ -1,7 +1,7 @@
 """Action tokens: a K-disk codebook of motions over one waypoint step.
 
 Paper: AutoVLA 3.2 (K-disk clustering of segments by the mean distance of the vehicle's four
-corners, token 0 = standing still; tokenised by rolling from the decoded state). Deviations: a
+corners, token 0 = standing still; tokenized by rolling from the decoded state). Deviations: a
 segment is its end pose alone; a radius is searched so that K disks cover the data, since K = 256
 disks of the paper's 0.05 m cover little; what then remains of K goes to the worst-covered motions.
 """

@@ -108,7 +108,7 @@ class ActionExpert(nn.Module):
         """Velocity (or outputs) `[B, D, T, 3]` of D independent draws a scene on one prefix.
 
         Args:
-            x: states of the flow `[B, D, T, 3]`, normalised.
+            x: states of the flow `[B, D, T, 3]`, normalized.
             time: features of the flow time `[B, D, 128]`.
             ego: ego features `[B, 20]`.
             keys: bridged keys `[blocks, B, kv, S, hd]`.

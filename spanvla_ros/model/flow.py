@@ -1,8 +1,8 @@
-"""The flow's host side: source, normalisation, time features, Euler loop, decoding.
+"""The flow's host side: source, normalization, time features, Euler loop, decoding.
 
-Paper: SpanVLA 3.2, flow matching with historical initialisation: x_t = (1 - t) x0 + t x1, target
+Paper: SpanVLA 3.2, flow matching with historical initialization: x_t = (1 - t) x0 + t x1, target
 x1 - x0, five Euler steps. Time runs from 0 (source) to 1 (trajectory). The source path is
-parameter-free, so that the target cannot be learnt away; the normalised flow state is the
+parameter-free, so that the target cannot be learned away; the normalized flow state is the
 trajectory's difference from the source path, divided by its spread for each waypoint and axis:
 the source itself is x = 0, to which training adds noise. `gaussian` (the paper's ablation) has no
 source path and starts from N(0, 1).
@@ -35,7 +35,7 @@ MAX_HALF_TURN_RAD = 1.2
 
 @dataclass(frozen=True)
 class Normalization:
-    """What a head's numbers mean in metres.
+    """What a head's numbers mean in meters.
 
     `std` is the spread of trajectory minus source path for each waypoint and axis (x m, y m, yaw
     rad); `anchors`, of the diffusion head, are differences in that unit; `codebook` is there where
@@ -107,7 +107,7 @@ def fit_curvature(
 
     Each past pose gives two readings of its turn: its yaw, and twice the direction of its chord;
     on an arc both equal curvature times arc length. The measured yaw rate counts as one more
-    metre-scale reading. A prior of zero with the weight of one metre driven keeps the result
+    meter-scale reading. A prior of zero with the weight of one meter driven keeps the result
     small near standstill, where headings mean nothing.
 
     Args:
@@ -173,7 +173,7 @@ def encode_trajectory(
     source: Float64[np.ndarray, 't 3'],
     std: Float64[np.ndarray, 't 3'],
 ) -> Float32[np.ndarray, 't 3']:
-    """Normalised x of a trajectory given in `base_link`."""
+    """Normalized x of a trajectory given in `base_link`."""
     difference = poses - source
     difference[:, 2] = wrap_angle(difference[:, 2])
     return (difference / std).astype(np.float32)
@@ -184,7 +184,7 @@ def decode_trajectory(
     source: Float64[np.ndarray, 't 3'],
     std: Float64[np.ndarray, 't 3'],
 ) -> Float64[np.ndarray, 't 3']:
-    """Poses in `base_link` of a normalised x; inverse of `encode_trajectory`."""
+    """Poses in `base_link` of a normalized x; inverse of `encode_trajectory`."""
     poses = source + x.astype(np.float64) * std
     poses[:, 2] = wrap_angle(poses[:, 2])
     return poses

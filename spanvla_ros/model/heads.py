@@ -38,7 +38,7 @@ class PictureHeads(nn.Module):
 
 
 class _AttentionPool(nn.Module):
-    """Pools tokens by learnt queries.
+    """Pools tokens by learned queries.
 
     The tower tells only relative places, and nothing of the camera: each token's own place is
     added here, so that where a marking stands can be read off the pooled sum.

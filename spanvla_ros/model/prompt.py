@@ -37,7 +37,7 @@ PADDING = '<|endoftext|>'
 TURN_START, TURN_END = '<|im_start|>', '<|im_end|>'
 IMAGE_START, IMAGE, IMAGE_END = '<|vision_start|>', '<|image_pad|>', '<|vision_end|>'
 THINK, THINK_END, ACTION_START = '<think>', '</think>', '<action_start>'
-# Without blanks, as it stays apart from the numbers a pretrained tokenizer has learnt to read.
+# Without blanks, as it stays apart from the numbers a pretrained tokenizer has learned to read.
 NUMBER_MARK = '<num_{}>'
 
 

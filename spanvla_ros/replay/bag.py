@@ -168,7 +168,7 @@ def info_of(image_topic: str, inputs: Mapping[str, str]) -> str | None:
             if mine != other:
                 break
             shared += 1
-        # All of the info's folder must be shared, else it belongs to a neighbour.
+        # All of the info's folder must be shared, else it belongs to a neighbor.
         if shared == len(topic.strip('/').split('/')) - 1 and shared > best_shared:
             best, best_shared = topic, shared
     return best

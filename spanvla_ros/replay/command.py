@@ -126,7 +126,7 @@ def _cameras(pairs: list[str]) -> dict[str, str]:
 
 
 def trajectory_line(step: Step, frame_id: str) -> str:
-    """One accepted plan as a line of `trajectories.jsonl`; poses to the micrometre."""
+    """One accepted plan as a line of `trajectories.jsonl`; poses to the micrometer."""
     plan = step.plan
     if plan is None:
         raise ValueError('a step without a plan has no line')

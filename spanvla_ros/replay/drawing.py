@@ -54,7 +54,7 @@ class Drawing:
     def pictures(self, ego: EgoState) -> Iterator[CameraFrame]:
         """The pictures of this instant, the anchor's last; none before the next one is due.
 
-        The anchor's picture asks for the plan, so its neighbours are there before it.
+        The anchor's picture asks for the plan, so its neighbors are there before it.
         """
         due_ns = self._due_ns
         # Farther ahead it is no due time of this clock, which has run back.

@@ -65,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shape:
-    """A polygon (`closed`) or a line in metres; `paint` is a colour name of the stylesheet."""
+    """A polygon (`closed`) or a line in meters; `paint` is a color name of the stylesheet."""
 
     points: Float64[np.ndarray, 'n 2']
     paint: str
@@ -146,7 +146,7 @@ def time_chart(
 
 
 def state_band(title: str, spans: Sequence[Span]) -> str:
-    """Which state held when, as one coloured band over time."""
+    """Which state held when, as one colored band over time."""
     from_s = min((span.from_s for span in spans), default=0.0)
     to_s = max((span.to_s for span in spans), default=1.0)
     if to_s <= from_s:

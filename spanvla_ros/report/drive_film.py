@@ -157,7 +157,7 @@ def _pixels(shot: PictureRecord) -> UInt8[np.ndarray, 'h w 3'] | None:
 
 
 def ground(drive: Recording) -> list[charts.Shape]:
-    """Roads and lane centres of the town."""
+    """Roads and lane centers of the town."""
     if drive.town_map is None:
         return []
     roads = [charts.Shape(ring, 'road', closed=True) for ring in drive.town_map.drivable]

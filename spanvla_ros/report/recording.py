@@ -80,7 +80,7 @@ class ReasoningRecord:
 
 @dataclass(frozen=True)
 class AgentBox:
-    """A road user at one instant: box centre `(x, y, yaw)` in the world, size in metres."""
+    """A road user at one instant: box center `(x, y, yaw)` in the world, size in meters."""
 
     agent_id: str
     kind: str
@@ -102,7 +102,7 @@ class SceneRecord:
 
 @dataclass(frozen=True)
 class TownMap:
-    """Drivable areas, and of each lane its roadblock, area and centre line."""
+    """Drivable areas, and of each lane its roadblock, area and center line."""
 
     drivable: tuple[Ring, ...] = ()
     lanes: dict[str, tuple[str, Ring]] = field(default_factory=dict)

@@ -136,7 +136,7 @@ def _corridor_faults(output: OutputRecord, route: Float64[np.ndarray, 'r 2'] | N
 
 
 def distance_to_line(point: Float64[np.ndarray, '2'], line: Float64[np.ndarray, 'n 2']) -> float:
-    """Distance from a point to a polyline, in metres."""
+    """Distance from a point to a polyline, in meters."""
     start, step = line[:-1], np.diff(line, axis=0)
     square = np.maximum((step**2).sum(axis=1), 1e-12)
     share = np.clip(((point - start) * step).sum(axis=1) / square, 0.0, 1.0)

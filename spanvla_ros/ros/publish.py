@@ -124,7 +124,7 @@ def path_message(output: GuardianOutput) -> Path:
 
 
 def marker_message(output: GuardianOutput, vehicle: Vehicle) -> MarkerArray:
-    """The swept line coloured by state, the vehicle's box, and the state in words."""
+    """The swept line colored by state, the vehicle's box, and the state in words."""
     track = output.trajectory
     red, green, blue = STATE_COLORS[output.state]
     line = _marker(output, 0, Marker.LINE_STRIP, (red, green, blue, 0.8))

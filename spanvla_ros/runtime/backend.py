@@ -80,7 +80,7 @@ class Backend(Protocol):
         values: Float32[Array, 'b 1 g s e'],
         valid: Float32[Array, '1 s'],
     ) -> Float32[Array, '1 t 3']:
-        """Velocity of the flow at normalised trajectory `x`."""
+        """Velocity of the flow at normalized trajectory `x`."""
 
 
 @runtime_checkable

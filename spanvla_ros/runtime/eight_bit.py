@@ -1,6 +1,6 @@
 """A graph with its weight products in eight bits: int8, or fp8 in the E4M3 form.
 
-Quantise-dequantise form: each product reads its input and its weights through a pair of
+Quantize-dequantize form: each product reads its input and its weights through a pair of
 QuantizeLinear and DequantizeLinear, which an engine joins to one eight-bit product. All scales are
 symmetric, as TensorRT asks: one for an input, from calibration, one for each column of the
 weights. Attention, norms, sums and what a product gives stay fp32, and so do the products that
@@ -93,7 +93,7 @@ def inner_products(model: onnx.ModelProto) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the quantiser says on the root logger; none of it concerns static graphs."""
+    """Without what the quantizer says on the root logger; none of it concerns static graphs."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -188,7 +188,7 @@ class EngineStore:
 
         Args:
             key: what it must match.
-            build: builds the engine and returns it serialised; may take minutes.
+            build: builds the engine and returns it serialized; may take minutes.
             lock_timeout_s: how long to wait for another process that is building it.
 
         Raises:

@@ -244,7 +244,7 @@ def _check_precision(
 def _check_scales(
     graph: onnx.GraphProto, values: list[onnx.ValueInfoProto], precision: str, folder: str
 ) -> list[str]:
-    """Whether what quantises does it in the named type, about zero, by stored scales."""
+    """Whether what quantizes does it in the named type, about zero, by stored scales."""
     types, faults = _types(graph, values), []
     stored = {constant.name: constant for constant in graph.initializer}
     for node in graph.node:

@@ -33,7 +33,7 @@ def load_golden(directory: ModelDirectory) -> dict[str, np.ndarray]:
 def golden_state(
     backend: Backend, golden: Mapping[str, np.ndarray], case: int
 ) -> Float32[np.ndarray, '1 t 3']:
-    """The normalised trajectory an engine plans on one golden case."""
+    """The normalized trajectory an engine plans on one golden case."""
     config = backend.config
     pixels = golden['images'][case].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255.0)
     embeds = np.concatenate([backend.vision(picture[None]) for picture in pixels])
@@ -54,19 +54,19 @@ def golden_state(
 def golden_states(
     backend: Backend, golden: Mapping[str, np.ndarray]
 ) -> Float32[np.ndarray, 'n t 3']:
-    """The normalised trajectories an engine plans on all golden cases."""
+    """The normalized trajectories an engine plans on all golden cases."""
     cases = range(len(golden['ids']))
     return np.concatenate([golden_state(backend, golden, case) for case in cases])
 
 
 def waypoint_difference_m(backend: Backend, directory: ModelDirectory) -> float:
-    """Largest distance, in metres, of a waypoint from its golden place; inf for one not finite."""
+    """Largest distance, in meters, of a waypoint from its golden place; inf for one not finite."""
     golden = load_golden(directory)
     return states_apart_m(golden_states(backend, golden), golden['state'], directory)
 
 
 def states_apart_m(ours: np.ndarray, theirs: np.ndarray, directory: ModelDirectory) -> float:
-    """Largest distance, in metres, of a waypoint between normalised trajectories; inf for NaN."""
+    """Largest distance, in meters, of a waypoint between normalized trajectories; inf for NaN."""
     std = load_normalization(directory.path, directory.config).std
     apart = (ours.astype(np.float64) - theirs) * std
     if not np.isfinite(apart).all():

@@ -1,7 +1,7 @@
 """The last touch on a plan: a car that stands or stops does not wriggle or roll back.
 
-A generated trajectory wavers by centimetres. While the car moves that is nothing; near standstill
-the same centimetres are headings in any direction and small reversals, which a follower would
+A generated trajectory wavers by centimeters. While the car moves that is nothing; near standstill
+the same centimeters are headings in any direction and small reversals, which a follower would
 answer with steering and creeping.
 """
 

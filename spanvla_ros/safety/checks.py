@@ -222,7 +222,7 @@ def _check_speeds(
     if speeds.max() > top_mps:
         return Rejection(Reason.SPEED, f'{speeds.max():.3g} m/s, bound {top_mps:.3g} m/s')
     middles_s = times_s[:-1] + 0.5 * spans_s
-    # Differences over two segments: half the noise of neighbours, still within a second.
+    # Differences over two segments: half the noise of neighbors, still within a second.
     accels = (speeds[2:] - speeds[:-2]) / (middles_s[2:] - middles_s[:-2])
     noise_mps2 = 2.0 * WAYPOINT_NOISE_M / WAYPOINT_SPACING_S + 0.4
     if accels.max() > 1.2 * vehicle.max_accel_mps2 + noise_mps2:
@@ -267,7 +267,7 @@ def _check_steering(
 def _bends(
     times_s: Float64[np.ndarray, 'k'], poses: Float64[np.ndarray, 'k 3']
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Curvature, time, shorter neighbour and speed at each bend between long enough chords."""
+    """Curvature, time, shorter neighbor and speed at each bend between long enough chords."""
     kept = [0]
     for index in range(1, len(poses)):
         if np.hypot(*(poses[index, :2] - poses[kept[-1], :2])) >= MIN_SEGMENT_M:
@@ -348,7 +348,7 @@ def check_motion(motion: Motion, ego: EgoState, vehicle: Vehicle) -> Rejection |
     sideways_m = np.abs(moves[:, 1] * np.cos(middle) - moves[:, 0] * np.sin(middle))
     if sideways_m.max() > 0.01:
         return Rejection(Reason.HEADING, f'slips {sideways_m.max():.3g} m sideways')
-    # Coordinates of thousands of kilometres leave nanometres of rounding.
+    # Coordinates of thousands of kilometers leave nanometers of rounding.
     if forward_m.min() < -1e-6:
         return Rejection(Reason.REVERSAL, f'drives {-forward_m.min():.3g} m backwards')
     speeds = forward_m / spans_s

@@ -179,7 +179,7 @@ class Follower:
     ) -> tuple[float, float]:
         beyond_m = at_m - float(along[-1])
         if beyond_m > 0.0:
-            # Past a stop the last heading leads on; a last piece of millimetres has no direction.
+            # Past a stop the last heading leads on; a last piece of millimeters has no direction.
             x_m, y_m, yaw_rad = trajectory.poses[-1].tolist()
             return x_m + beyond_m * math.cos(yaw_rad), y_m + beyond_m * math.sin(yaw_rad)
         x_m, y_m = sample_polyline(trajectory.poses[:, :2], np.array([at_m]))[0].tolist()

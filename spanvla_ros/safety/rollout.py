@@ -50,7 +50,7 @@ class Motion:
 
     @property
     def stands(self) -> bool:
-        """True where the whole trajectory covers less than a centimetre."""
+        """True where the whole trajectory covers less than a centimeter."""
         return bool(self.speeds_mps.sum() * STEP_S < 0.01)
 
 
@@ -70,7 +70,7 @@ class Path:
     def through(knots: Float64[np.ndarray, 'k 2'], yaw_rad: float) -> Path:
         """The cubic Hermite line through `knots`, leaving the first one towards `yaw_rad`.
 
-        The parameter is the length of the chords. A single knot gives a metre straight ahead.
+        The parameter is the length of the chords. A single knot gives a meter straight ahead.
         """
         first = np.array([math.cos(yaw_rad), math.sin(yaw_rad)])
         if len(knots) == 1:

@@ -51,7 +51,7 @@ class ExtendedComfort:
 def comfort_flags(states: States, version: Version) -> Bool[np.ndarray, 'n 6']:
     """Whether each signal named in `FLAGS` stays strictly within its bound.
 
-    v1 looks at rear-axle acceleration over 4 s; v2 at the box centre's, with the past prepended
+    v1 looks at rear-axle acceleration over 4 s; v2 at the box center's, with the past prepended
     by `with_history`.
     """
     size = states.shape[1]

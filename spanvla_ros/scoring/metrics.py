@@ -41,7 +41,7 @@ Values = Float64[np.ndarray, 'n']
 
 @dataclass(frozen=True)
 class Footprints:
-    """What the vehicle covers at each step: states, box centres, corners, speeds."""
+    """What the vehicle covers at each step: states, box centers, corners, speeds."""
 
     states: Float64[np.ndarray, 'n 41 11']
     centers: Float64[np.ndarray, 'n 41 2']
@@ -81,7 +81,7 @@ def footprints(
 def ego_areas(ego: Footprints, ground: Ground, on_route: frozenset[str]) -> EgoAreas:
     """Multiple lanes, off the road, off the route, inside an intersection, at each step.
 
-    `in_intersection` is that of the box centre.
+    `in_intersection` is that of the box center.
     """
     corner_count = np.zeros(ego.corners.shape[:2], dtype=np.int64)
     whole = np.zeros(ego.corners.shape[:2], dtype=bool)
@@ -164,7 +164,7 @@ def traffic_lights(ego: Footprints, lights: RedLights) -> Values:
 
 
 def raw_progress_m(ego: Footprints, centerline: Centerline) -> Values:
-    """Distance along the centre line between the first and the last box centre, at least 0."""
+    """Distance along the center line between the first and the last box center, at least 0."""
     start = shapely.line_locate_point(centerline.line, shapely.points(ego.centers[:, 0]))
     end = shapely.line_locate_point(centerline.line, shapely.points(ego.centers[:, -1]))
     progress: Values = np.maximum(end - start, 0.0)
@@ -213,7 +213,7 @@ def time_to_collision(
 
 
 def lane_keeping(ego: Footprints, areas: EgoAreas, centerline: Centerline) -> Values:
-    """LK: 0 if the centre is over 0.5 m off the centre line for 2 s on end, else 1.
+    """LK: 0 if the center is over 0.5 m off the center line for 2 s on end, else 1.
 
     Steps inside intersections neither add to nor end a run.
     """

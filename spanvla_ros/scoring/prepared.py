@@ -1,7 +1,7 @@
 """All of a scene that scoring needs, as arrays made once: tracks at 10 Hz, areas, red lights.
 
 Everything is shifted by `origin` (the ego's rear axle), so that maps with coordinates of
-millions of metres lose no precision.
+millions of meters lose no precision.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Centerline:
 
     @staticmethod
     def build(points: Float64[np.ndarray, 'n 2']) -> Centerline:
-        """A centre line of at least two points."""
+        """A center line of at least two points."""
         line = shapely.linestrings(points)
         shapely.prepare(line)
         return Centerline(points, line)
@@ -242,7 +242,7 @@ def _track(
 def prepare_ground(
     road: SceneMap, ego: SceneEgo, origin: Float64[np.ndarray, '2'], vehicle: Vehicle
 ) -> Ground:
-    """The map objects within 100 m of the ego's centre, by layer."""
+    """The map objects within 100 m of the ego's center, by layer."""
     pose = np.array([ego.x_m - origin[0], ego.y_m - origin[1], ego.yaw_rad])
     center = shapely.Point(world_from_local(pose, np.array([vehicle.rear_axle_to_center_m, 0.0])))
     blocks = Areas.build(block.polygon - origin for block in road.roadblocks)
@@ -293,7 +293,7 @@ def box_of(
     half_length_m: Float64[np.ndarray, '*b'],
     half_width_m: Float64[np.ndarray, '*b'],
 ) -> Float64[np.ndarray, '*a 4 2']:
-    """Corners of boxes by centre pose: front-left, rear-left, rear-right, front-right."""
+    """Corners of boxes by center pose: front-left, rear-left, rear-right, front-right."""
     cos, sin = np.cos(poses[..., 2]), np.sin(poses[..., 2])
     along = np.stack([half_length_m * cos, half_length_m * sin], axis=-1)
     across = np.stack([-half_width_m * sin, half_width_m * cos], axis=-1)

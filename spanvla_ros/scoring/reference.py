@@ -1,6 +1,6 @@
 """PDM-Closed, the rule-based planner whose progress plans are measured against; our own.
 
-Fifteen proposals (three lateral offsets, five target speeds) follow the centre line by IDM
+Fifteen proposals (three lateral offsets, five target speeds) follow the center line by IDM
 against a constant-velocity forecast, are simulated, scored by the very sub-scores plans are
 scored by, and the best one is the reference. Rules and parameters are those NAVSIM builds its
 metric cache with; its habits that shape scores are kept and said where they stand.
@@ -51,7 +51,7 @@ Points = Float64[np.ndarray, 'n 2']
 
 @dataclass(frozen=True)
 class Reference:
-    """What progress is measured against: PDM-Closed's plan, its centre line and its route.
+    """What progress is measured against: PDM-Closed's plan, its center line and its route.
 
     Positions are in the world. `states` are the simulated states of `plan`, `multiplier` the
     product of the reference's own gating scores; where either is None the scorer makes it.
@@ -68,7 +68,7 @@ class Reference:
 @dataclass(frozen=True)
 class _Forecast:
     # What is on the road for the next 5 s, as far as can be told at t = 0: objects go straight
-    # on at their speed along their heading, lights keep their colour. Lights come last.
+    # on at their speed along their heading, lights keep their color. Lights come last.
     tracks: Tracks
     speed_mps: Float64[np.ndarray, 'a']
     lights: Areas

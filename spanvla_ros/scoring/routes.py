@@ -1,6 +1,6 @@
-"""The lane graph of a scene: repairing the announced route, and the centre line along it.
+"""The lane graph of a scene: repairing the announced route, and the center line along it.
 
-The rules are those of the official planner, whose repaired route and centre line also decide
+The rules are those of the official planner, whose repaired route and center line also decide
 what counts as on-route and as progress.
 """
 
@@ -40,7 +40,7 @@ class Path:
 
     @staticmethod
     def along(line: Points) -> Path:
-        """A centre line cut into equal pieces of about 0.5 m, as the official maps hold them."""
+        """A center line cut into equal pieces of about 0.5 m, as the official maps hold them."""
         curve = shapely.linestrings(line)
         pieces = max(1, round(curve.length / POINT_STEP_M))
         at = np.linspace(0.0, curve.length, pieces + 1)
@@ -129,7 +129,7 @@ class LaneGraph:
         return tuple(self._without_loops(self._without_gaps(ids)))
 
     def path_along(self, route: Sequence[str], start: str) -> Path:
-        """The centre line from lane `start` to the end of the route (at most 30 roadblocks)."""
+        """The center line from lane `start` to the end of the route (at most 30 roadblocks)."""
         ids = list(dict.fromkeys(route))
         block = self.block_of[start]
         first = ids.index(block) if block in ids else 0

@@ -189,7 +189,7 @@ class RowScorer:
             return self._score_together(group)
         except _BROKEN as error:
             if len(group) > 1:
-                # One row must not take its neighbours along.
+                # One row must not take its neighbors along.
                 alone = [self._score_group([one]) for one in group]
                 return {at: result for one in alone for at, result in one.items()}
             reason = f'trajectory: cannot be scored ({type(error).__name__}: {error})'

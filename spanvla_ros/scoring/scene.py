@@ -1,6 +1,6 @@
 """Scenes as JSON objects, and back: the golden layout of NAVSIM-style scoring sets.
 
-Units are m, s, rad. Ego and human poses are of the rear axle, agents' of the box centre; all
+Units are m, s, rad. Ego and human poses are of the rear axle, agents' of the box center; all
 are in the world frame once read. Every refusal is a `SpanvlaError` whose sentence starts with
 the field at fault, such as `agents[3].states[2].x`.
 """

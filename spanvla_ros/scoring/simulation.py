@@ -227,7 +227,7 @@ def _sampling_matrix(hz: int) -> Float64[np.ndarray, '41 k']:
 
 def _speed_fit() -> Float64[np.ndarray, '40 40']:
     # Meant as a penalty on jerk, the official difference matrix has its upper diagonal overwritten
-    # but for the last row, so it penalises the accelerations themselves and one single jerk.
+    # but for the last row, so it penalizes the accelerations themselves and one single jerk.
     accel = np.diff(np.eye(STEPS), axis=0) / STEP_S
     penalised = accel[:-1].copy()
     penalised[-1] -= accel[-1]

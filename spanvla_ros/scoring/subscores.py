@@ -29,7 +29,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class SubScores:
-    """Sub-scores of n plans; `gates` multiply the total, progress is still in metres."""
+    """Sub-scores of n plans; `gates` multiply the total, progress is still in meters."""
 
     gates: dict[str, Values]
     weighted: dict[str, Values]

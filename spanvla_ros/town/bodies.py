@@ -42,7 +42,7 @@ DASH_PERIOD_M = 8.0
 
 @dataclass(frozen=True)
 class Paint:
-    """Colours of one corridor's ground."""
+    """Colors of one corridor's ground."""
 
     road: Color = (85, 85, 88)
     verge: Color = (150, 150, 150)
@@ -187,7 +187,7 @@ def car(
     braking: bool,
     blinks: int = 0,
 ) -> Box:
-    """A car by its centre pose and length, width, height; braking lights its rear lamps.
+    """A car by its center pose and length, width, height; braking lights its rear lamps.
 
     `blinks`: 1 lights the indicators of its left side, -1 those of its right.
     """
@@ -288,5 +288,5 @@ def barrier(pose: tuple[float, float, float], width_m: float) -> Box:
 
 
 def house(pose: tuple[float, float, float], size: tuple[float, float, float], color: Color) -> Box:
-    """A building by its centre pose and length, width, height."""
+    """A building by its center pose and length, width, height."""
     return Box(*pose, *size, color, elements.OTHER)

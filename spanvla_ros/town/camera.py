@@ -1,4 +1,4 @@
-"""The town's cameras: flat-coloured polygons drawn with numpy and OpenCV, nothing else.
+"""The town's cameras: flat-colored polygons drawn with numpy and OpenCV, nothing else.
 
 Painter's order: the ground in the order given, then the boxes from the hidden to the hiding one.
 All geometry of a picture runs through one packed array of polygons, so that the cost is that of
@@ -44,7 +44,7 @@ Outline = np.ndarray
 
 @dataclass(frozen=True)
 class View:
-    """A camera in the world: optical centre, its forward, left and up directions, intrinsics."""
+    """A camera in the world: optical center, its forward, left and up directions, intrinsics."""
 
     center: Float64[np.ndarray, '3']
     axes: Float64[np.ndarray, '3 3']
@@ -93,7 +93,7 @@ def project(
     """Pixels of points given in `base_link`, and which of them lie in front of the camera.
 
     Args:
-        points_base_link: `[n, 3]` points, or `[n, 2]` points on the ground, in metres.
+        points_base_link: `[n, 3]` points, or `[n, 2]` points on the ground, in meters.
         camera: the camera.
 
     Returns:

@@ -1,8 +1,8 @@
 """A stand-in for a CARLA server with its ros-bridge: same topics, same signs, synchronous ticks.
 
-It is the town's world on an OpenDRIVE map, not CARLA: pictures are flat-coloured, physics is a
+It is the town's world on an OpenDRIVE map, not CARLA: pictures are flat-colored, physics is a
 bicycle. What it holds to is the contract: `bgra8` pictures with the bridge's camera_info,
-odometry of the vehicle's origin in `map` with a body twist, waypoints each metre, a speedometer
+odometry of the vehicle's origin in `map` with a body twist, waypoints each meter, a speedometer
 in m/s, steering to the right positive, one control message a tick.
 
 Messages are made by a function the caller hands in, so that they may be rclpy's, rosbags' or any

@@ -28,7 +28,7 @@ JOIN_OUT_M = 2.2
 class Crossing:
     """The ego's bumper enters the other lane at base_link place `in_m` and leaves it at `out_m`.
 
-    `low_m` and `high_m`: the part of the other lane that it covers, in metres beyond `start_m`
+    `low_m` and `high_m`: the part of the other lane that it covers, in meters beyond `start_m`
     straight on; for a ring they are nothing, one who comes by it is there where it joins.
     """
 

@@ -1,6 +1,6 @@
 """Drivers that are not the model: the reference that sees all, and two that see nothing.
 
-The reference follows PDM-Closed (Dauner et al. 2023) in kind: the lane's centre line, the
+The reference follows PDM-Closed (Dauner et al. 2023) in kind: the lane's center line, the
 intelligent driver model against what lies on it, rolled out over five seconds. Differences: one
 proposal instead of fifteen, leads predicted with their present braking, curves limited to
 2 m/s2, and a smooth return to the lane from where the ego is.

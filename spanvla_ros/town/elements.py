@@ -1,6 +1,6 @@
-"""What the town's camera draws: flat ground areas, boxes with coloured patches, a tint.
+"""What the town's camera draws: flat ground areas, boxes with colored patches, a tint.
 
-Positions are in the world frame, metres; colours are RGB.
+Positions are in the world frame, meters; colors are RGB.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class GroundPolygon:
 
 @dataclass(frozen=True)
 class Patch:
-    """A coloured rectangle on one upright face of a box, such as a lamp or a window.
+    """A colored rectangle on one upright face of a box, such as a lamp or a window.
 
     `left_m` and `right_m` run along the face: positive to the left of the box on its rear and
     front, positive forward on its left and right. `bottom_m` and `top_m` are heights above the
-    ground. A lit patch keeps its colour in any light.
+    ground. A lit patch keeps its color in any light.
     """
 
     face: str
@@ -62,7 +62,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Tint:
-    """Brightness of the whole picture, and the colours of sky and open ground."""
+    """Brightness of the whole picture, and the colors of sky and open ground."""
 
     gain: float = 1.0
     sky: Color = (160, 190, 220)

@@ -1,6 +1,6 @@
 """Closed loop in one process: planner, guardian and follower cores on a world, step by step.
 
-Time is the world's own and computing takes a modelled latency, so the same inputs give the same
+Time is the world's own and computing takes a modeled latency, so the same inputs give the same
 drive on any machine. Closed-loop scores come from here, timing never does.
 """
 

@@ -2,7 +2,7 @@
 
 What it does not know (superelevation, lane borders, other shapes) is refused with one sentence,
 not skipped: a map that is nearly right would be drawn as if it were right. Elevation is kept only
-as whether there is any. Coordinates are the map's own: x east, y north, in metres, as CARLA's
+as whether there is any. Coordinates are the map's own: x east, y north, in meters, as CARLA's
 ros-bridge has them in `map`.
 """
 

@@ -15,7 +15,7 @@ from spanvla_ros.town.elements import GroundPolygon
 class Polygons:
     """Polygons end to end: polygon i owns the points from `start[i]` to `start[i + 1]`.
 
-    `lit` ones keep their colour in any light; `convex` ones may be filled the fast way.
+    `lit` ones keep their color in any light; `convex` ones may be filled the fast way.
     """
 
     points: Float64[np.ndarray, 'n 3']

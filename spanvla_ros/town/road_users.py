@@ -55,7 +55,7 @@ class Merge:
 
 @dataclass
 class Car:
-    """A vehicle on the corridor at box centre `s_m`, offset `d_m`.
+    """A vehicle on the corridor at box center `s_m`, offset `d_m`.
 
     An oncoming one keeps to `opposing_lane` instead, counted from the divider. Beyond
     `straight_m` its way lies straight on where the corridor turns. Until `joins_m` it comes by

@@ -1,7 +1,7 @@
 """Road corridors: a lane to drive on and all that lies beside it.
 
-A corridor is a sequence of stretches and junctions along the ego lane's centre line. Places are
-given in corridor coordinates: `s` metres along that line, `d` metres to its left. Traffic keeps
+A corridor is a sequence of stretches and junctions along the ego lane's center line. Places are
+given in corridor coordinates: `s` meters along that line, `d` meters to its left. Traffic keeps
 right. Curvature changes in linear ramps, so the line can be driven by a steered vehicle.
 """
 
@@ -165,7 +165,7 @@ class Junction:
 
 @dataclass(frozen=True)
 class Corridor:
-    """A laid-out road: the ego lane's centre line each `SPACING_M`, stretches and junctions."""
+    """A laid-out road: the ego lane's center line each `SPACING_M`, stretches and junctions."""
 
     x_m: Float64[np.ndarray, 'n']
     y_m: Float64[np.ndarray, 'n']
@@ -176,7 +176,7 @@ class Corridor:
 
     @property
     def length_m(self) -> float:
-        """Length of the centre line."""
+        """Length of the center line."""
         return (len(self.x_m) - 1) * SPACING_M
 
     @cached_property

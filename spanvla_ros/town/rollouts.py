@@ -1,4 +1,4 @@
-"""Labelled moments cut from a driver's own drives: the states it really gets into.
+"""Labeled moments cut from a driver's own drives: the states it really gets into.
 
 After DAgger (Ross, Gordon, Bagnell 2011): the driver drives in lockstep, the reference says at
 each moment what it would do from there. Drawn perturbations miss what a driver's own errors add

@@ -18,7 +18,7 @@ SMOOTH_M = 3.0
 
 @dataclass(frozen=True)
 class Ring:
-    """The lane round the island: its centre in the world, its radius, where the corridor joins."""
+    """The lane round the island: its center in the world, its radius, where the corridor joins."""
 
     x_m: float
     y_m: float
@@ -34,11 +34,11 @@ class Ring:
 
     @property
     def middle(self) -> Float64[np.ndarray, '2']:
-        """The centre."""
+        """The center."""
         return np.array([self.x_m, self.y_m])
 
     def path_to(self, point: Float64[np.ndarray, '2']) -> tuple[tuple[float, float, float], ...]:
-        """Once round the ring to a point near it, each metre a pose, in driving direction."""
+        """Once round the ring to a point near it, each meter a pose, in driving direction."""
         arm = point - self.middle
         radius = float(np.hypot(*arm))
         end = math.atan2(arm[1], arm[0])
@@ -65,7 +65,7 @@ def ring_curvature(
         turn: `right` takes the first exit, `straight` the second.
         ring_m: radius of the lane round the island.
         swerve_m: radius of the ways on and off.
-        middle_m: how far left of the lane the ring's centre lies.
+        middle_m: how far left of the lane the ring's center lies.
         spacing_m: of the samples.
     """
     swerve = math.acos((middle_m + swerve_m) / (swerve_m + ring_m))

@@ -11,7 +11,7 @@ from spanvla_ros.town.roads import LANE_WIDTH_M, SPACING_M, Arm, Corridor, Junct
 
 
 def leaving_path(corridor: Corridor, junction: Junction) -> tuple[tuple[float, float, float], ...]:
-    """A way from the ego's lane into an arm the ego does not take, each metre a pose."""
+    """A way from the ego's lane into an arm the ego does not take, each meter a pose."""
     start = corridor.place(junction.start_m, 0.0)
     arm = _arm_to_leave_by(junction, start)
     if arm is None:

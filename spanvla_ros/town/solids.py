@@ -164,7 +164,7 @@ class Solids:
         dx, dy = (self._center[None] - self._center[:, None]).transpose(2, 0, 1)
         cos, sin = self._cos[:, None], self._sin[:, None]
         along, left = cos * dx + sin * dy, cos * dy - sin * dx
-        # How far box j reaches from its centre along the axes of box i.
+        # How far box j reaches from its center along the axes of box i.
         turn_cos = np.abs(cos * self._cos + sin * self._sin)
         turn_sin = np.abs(cos * self._sin - sin * self._cos)
         length, width = self._half.T

@@ -34,7 +34,7 @@ class Shift:
 class Obstruction:
     """Something that stands on the road and is none of the houses: a cone, a barrier.
 
-    `kind` is one of `scoring.scene.STATIC_KINDS`, `pose` that of the box centre.
+    `kind` is one of `scoring.scene.STATIC_KINDS`, `pose` that of the box center.
     """
 
     name: str

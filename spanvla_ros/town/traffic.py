@@ -277,7 +277,7 @@ class World:
         self.cars = [c for c in self.cars if -30.0 < c.s_m < end_m and not has_left(c)]
 
     def car_pose(self, car: Car) -> tuple[float, float, float]:
-        """A car's centre pose, unmirrored."""
+        """A car's center pose, unmirrored."""
         if car.s_m < car.joins_m:
             return along_path(car.joins_by, len(car.joins_by) - 1 - (car.joins_m - car.s_m))
         past = car.s_m - car.leaves_m
@@ -346,7 +346,7 @@ class World:
                 return
 
     def bodies(self) -> list[tuple[str, tuple[float, float, float], float, float, float]]:
-        """Name, centre pose, length, width and speed of every road user, unmirrored."""
+        """Name, center pose, length, width and speed of every road user, unmirrored."""
         found = [(c.name, self.car_pose(c), c.size[0], c.size[1], c.speed_mps) for c in self.cars]
         found += [
             (p.name, self.pedestrian_pose(p), 0.6, 0.6, p.speed_mps if p.walking else 0.0)

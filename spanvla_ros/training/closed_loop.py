@@ -109,7 +109,7 @@ def drive(
         planner: of the model; None for the references.
         config: of the model, for cameras and history.
         plan_period_s: time between plans.
-        latency_s: modelled time from picture to plan.
+        latency_s: modeled time from picture to plan.
     """
     world = make_world(family, seed)
     eyes = Renderer(config.cameras) if planner is not None else None
@@ -166,7 +166,7 @@ def code_sha256() -> str:
 
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Estimate]:
-    """Success, completion and events per kilometre, with intervals over drives."""
+    """Success, completion and events per kilometer, with intervals over drives."""
     names = [(e.family, e.seed) for e in episodes]
     km = [e.distance_m / 1000.0 for e in episodes]
     return {

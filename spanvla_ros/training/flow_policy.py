@@ -29,7 +29,7 @@ LEAST_STD = 0.02
 
 @dataclass(frozen=True)
 class Chains:
-    """States of sampled flows `[K + 1, B, G, T, 3]`, normalised; the last are trajectories."""
+    """States of sampled flows `[K + 1, B, G, T, 3]`, normalized; the last are trajectories."""
 
     states: Tensor
 

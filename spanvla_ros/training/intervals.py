@@ -44,7 +44,7 @@ def mean_of(values: ArrayLike, drives: Sequence[Hashable] | np.ndarray) -> Estim
 def ratio_of(
     above: ArrayLike, below: ArrayLike, drives: Sequence[Hashable] | np.ndarray
 ) -> Estimate:
-    """Sum over sum, such as collisions over kilometres, with an interval over drives."""
+    """Sum over sum, such as collisions over kilometers, with an interval over drives."""
     above = np.asarray(above, dtype=np.float64)
     below = np.asarray(below, dtype=np.float64)
     if len(above) == 0 or below.sum() == 0:

@@ -100,7 +100,7 @@ def flow_loss(
     """Smooth-L1 on the velocity of several (time, noise) draws a scene on one prefix.
 
     Noise on the source has a part shared by all waypoints and a smaller one of each, in units of
-    the normalised state; the `gaussian` source is N(0, 1).
+    the normalized state; the `gaussian` source is N(0, 1).
     """
     rows, points, draws = len(batch), policy.config.waypoints, settings.draws
     time = draw_times(settings, (rows, draws), generator)

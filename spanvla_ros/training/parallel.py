@@ -4,7 +4,7 @@
 place in the environment; without them the processes are started here.
 
 On a CPU two processes of one thread train faster than one process of two threads. All processes
-hold the same weights and take the same optimiser step, so nothing but gradients travels.
+hold the same weights and take the same optimizer step, so nothing but gradients travels.
 """
 
 from __future__ import annotations

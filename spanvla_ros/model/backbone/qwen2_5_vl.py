@@ -62,7 +62,7 @@ class Qwen25Backbone(Backbone):
         windows, bounds = get_vision_window_index(grid, merge, vision.window_size, self.patch)
         lengths = (bounds[1:] - bounds[:-1]).tolist()
         starts = [bound // merge**2 for bound in bounds[:-1].tolist()]
-        # Windows of one length are made neighbours, so that each length is one batch.
+        # Windows of one length are made neighbors, so that each length is one batch.
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         windows = torch.cat(
             [windows[starts[i] : starts[i] + lengths[i] // merge**2] for i in order]

@@ -1,1 +1,1 @@
-"""Training data: shards of labelled scenes and the command that draws them."""
+"""Training data: shards of labeled scenes and the command that draws them."""

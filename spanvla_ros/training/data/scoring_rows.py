@@ -1,7 +1,7 @@
 """The scoring row of a sample: the scene its plans are scored in, as bytes in a shard.
 
 Zlib'd JSON in the layout that `spanvla score` reads, so a row can be taken out and scored by
-hand. Metres and radians are kept to a tenth of a millimetre: that halves the bytes.
+hand. Meters and radians are kept to a tenth of a millimeter: that halves the bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """NAVSIM's metric cache: what the official scorer knows of a scene besides the log.
 
-Read are the drivable map (polygons by layer), the centre line of the route, the lanes on it and
-PDM-Closed's trajectory. A cache holds no lane graph: the lanes along the centre line get their
+Read are the drivable map (polygons by layer), the center line of the route, the lanes on it and
+PDM-Closed's trajectory. A cache holds no lane graph: the lanes along the center line get their
 piece of it and follow one another; the others get the long axis of their polygon, which says
 nothing of their direction. Scores need neither, as the reference is given.
 """
@@ -72,7 +72,7 @@ def _areas(drivable: Bag) -> Iterator[tuple[str, int, Float64[np.ndarray, 'n 2']
 def _map(
     areas: list[tuple[str, int, Float64[np.ndarray, 'n 2']]], line: Float64[np.ndarray, 'n 2']
 ) -> tuple[SceneMap, tuple[str, ...]]:
-    """The map, and the roadblocks along the centre line in order."""
+    """The map, and the roadblocks along the center line in order."""
     lanes = {
         name: SceneLane(name, _long_axis(ring), ring, None, ())
         for name, layer, ring in areas

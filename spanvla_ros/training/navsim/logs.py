@@ -129,7 +129,7 @@ def agents_of(run: Sequence[LogFrame]) -> tuple[SceneAgent, ...]:
 
 
 def red_lights_of(run: Sequence[LogFrame]) -> tuple[SceneLight, ...]:
-    """Red phases by lane connector; a colour holds until the next frame."""
+    """Red phases by lane connector; a color holds until the next frame."""
     phases = []
     ahead = run[HISTORY_FRAMES - 1 :]
     for lane in sorted({lane for frame in ahead for lane in frame.red}):

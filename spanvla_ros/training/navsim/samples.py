@@ -191,7 +191,7 @@ def _past(run: Sequence[LogFrame]) -> list[EgoState]:
 def _coarse(
     line: Float64[np.ndarray, 'n 2'], at: Float64[np.ndarray, '2'], config: ModelConfig
 ) -> Float64[np.ndarray, 'm 2']:
-    """The centre line from a little behind the ego on, a point each `route_step_m`."""
+    """The center line from a little behind the ego on, a point each `route_step_m`."""
     here = float(project_on_polyline(line, at)[0][0])
     end = float(arc_length(line)[-1])
     steps = np.arange(max(here - config.route_step_m, 0.0), end, config.route_step_m)

@@ -1,4 +1,4 @@
-"""Stage 1: the vision tower learns to see, before anything is asked of it in words or metres.
+"""Stage 1: the vision tower learns to see, before anything is asked of it in words or meters.
 
 For each visual token: which classes does its cell of the picture hold? And from all tokens: the
 facts that matter for driving. Both are free from the drawn town. Trained on trajectories alone a
@@ -27,5 +27,5 @@ def parts(policy: Policy, settings: TrainSettings) -> list[nn.Module]:
 def losses(
     policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The weighted losses of one batch by name; their sum is minimised."""
+    """The weighted losses of one batch by name; their sum is minimized."""
     return {'picture': picture_loss(policy, policy.look(batch.images), batch)}
