@@ -15,9 +15,10 @@ from spanvla_ros.doctor.odometry import check_odometry
 from spanvla_ros.doctor.rig import LOOKED_AT, Rig, empty_rig, gather
 from spanvla_ros.doctor.streams import check_streams
 from spanvla_ros.model.checkpoint import shipped_model_dir
-from spanvla_ros.model.config import CameraSpec, load_config
+from spanvla_ros.model.config import TOWN_CAMERAS, CameraSpec, load_config
 from spanvla_ros.replay.bag import open_bag
 from spanvla_ros.replay.observed import messages_of, topics_of
+from spanvla_ros.types import SpanvlaError
 
 NO_ROS = ('ros_missing', 'ros_python', 'domain_invalid', 'rmw_missing')
 
@@ -38,10 +39,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Look at everything that is there; 1 if a finding blocks, else 0."""
     findings = check_machine(options.model)
+    try:
+        specs = cameras_of(options.model)
+    except SpanvlaError:
+        # That is a finding already (`model_broken`); the rig is looked at for the town's cameras.
+        specs = TOWN_CAMERAS
     if options.bag:
-        findings += check_rig(rig_of_bag(options.bag, cameras_of(options.model)))
+        findings += check_rig(rig_of_bag(options.bag, specs))
     elif options.seconds > 0 and not any(f.id in NO_ROS for f in findings):
-        findings += listen(options.seconds, cameras_of(options.model))
+        findings += listen(options.seconds, specs)
     findings = sorted_findings(findings)
     say(findings, as_json=options.json)
     return 1 if any(finding.severity == BLOCK for finding in findings) else 0

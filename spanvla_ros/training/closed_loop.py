@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spanvla_ros.model.checkpoint import write_text
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.safety.follower import Follower
@@ -69,9 +69,7 @@ class EpisodeBook:
                     self._rows.append(json.loads(line))
             # Whole lines only from here on.
             text = ''.join(json.dumps(row) + '\n' for row in self._rows)
-            temporary = path.with_name(f'.{path.name}.part')
-            temporary.write_text(text, encoding='utf-8')
-            os.replace(temporary, path)
+            write_text(path, text)
 
     def finished(self, driver: str, made_with: str) -> dict[tuple[str, int], Episode]:
         """Drives of a driver made with the same settings, by family and seed."""

@@ -11,8 +11,8 @@ import pytest
 from catkin_pkg.package import parse_package
 
 from spanvla_ros import cli
-from spanvla_ros.doctor import machine, middleware
-from spanvla_ros.doctor.findings import CATALOG, SEVERITIES, Finding, sorted_findings
+from spanvla_ros.doctor import command, machine, middleware
+from spanvla_ros.doctor.findings import CATALOG, SEVERITIES, Finding, found, sorted_findings
 from spanvla_ros.model.checkpoint import shipped_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,3 +204,12 @@ def test_the_pip_line_of_the_docs_holds_all_that_apt_does_not():
     text = (ROOT / 'docs' / 'bring-your-own-rig.md').read_text()
     line = re.search(r'^pip install (.+)$', text, re.M)
     assert {p.pip for p in machine.NEEDED if not p.apt} <= set(line.group(1).split())
+
+
+def test_a_broken_model_keeps_the_doctor_from_nothing_else(tmp_path, monkeypatch, capsys):
+    graph = found('graph_empty', 'nobody there')
+    monkeypatch.setattr(command, 'listen', lambda seconds, specs: [graph])
+    assert cli.main(['doctor', '--model', str(tmp_path / 'nowhere'), '--seconds', '1']) == 1
+    said = capsys.readouterr().out
+    assert 'block model_broken: ' in said
+    assert 'graph_empty: nobody there' in said
