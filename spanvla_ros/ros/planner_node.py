@@ -243,6 +243,10 @@ class PlannerNode(LifecycleNode):
                 elif thinking:
                     model.reason_slice(self.settings.reason_slice_ms)
                     thinking = model.busy
+                else:
+                    # Nothing to plan; what is wrong with the other inputs is told all the same.
+                    cameras.listen()
+                    self._inputs.listen()
             except Exception as error:
                 # Whatever it was, the next picture is a new chance; the guardian bridges the gap.
                 self._note_fault(f'{type(error).__name__}: {error}')
@@ -253,6 +257,7 @@ class PlannerNode(LifecycleNode):
         """Plan from the newest pictures; whether there is something left to reason about."""
         begin_s = time.perf_counter()
         stamp_ns, frames = cameras.take(self.settings.sync_wait_ms / 1e3)
+        self._inputs.listen()
         self._inputs.take(frames, cameras.meters)
         if self._inputs.resets != self._resets_seen:
             # Whoever emptied the buffers, thoughts of another time go with them.
