@@ -38,7 +38,7 @@ from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.planner_inputs import PlannerInputs
-from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.process import keep_freed_memory, run_node
 from spanvla_ros.runtime.engines import Engine
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
@@ -54,6 +54,7 @@ class PlannerNode(LifecycleNode):
     def __init__(self) -> None:
         """Declare parameters and the topics that do not depend on the model."""
         super().__init__('planner')
+        keep_freed_memory()
         self.settings = declare(self, PlannerSettings, self._on_settings)
         self._model: Planner | None = None
         self._next_model: Planner | None = None
