@@ -131,7 +131,7 @@ class CameraInputs:
     def _woken_by(self, kind: type, topic: str) -> Subscription[Any]:
         def on_picture(data: bytes, info: Mapping[str, Any]) -> None:
             with self._news:
-                self._keep(self._anchor, data, info, compressed=kind is CompressedImage)
+                self._store(self._anchor, data, info, compressed=kind is CompressedImage)
                 self._news.notify()
 
         return self._node.create_subscription(kind, topic, on_picture, NEWEST, raw=True)
@@ -186,9 +186,9 @@ class CameraInputs:
             for number, (data, info) in enumerate(batch):
                 # A full history has overwritten what came before it.
                 overwritten = number == 0 and len(batch) == WAITING
-                self._keep(intake, data, info, compressed=compressed, overwritten=overwritten)
+                self._store(intake, data, info, compressed=compressed, overwritten=overwritten)
 
-    def _keep(
+    def _store(
         self,
         intake: Intake,
         data: bytes,
