@@ -8,6 +8,7 @@ here, so the nodes and the replay share one reader. Whatever contradicts itself 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ from transforms3d.euler import quat2euler
 from spanvla_ros.types import CameraFrame, EgoState, Route, SpanvlaError, Trajectory
 
 Picture = UInt8[np.ndarray, 'h w 3']
+# Cuts and scales a picture, whatever its channels mean.
+Fit = Callable[[UInt8[np.ndarray, 'h w *c']], UInt8[np.ndarray, 'rows columns *c']]
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1, '8UC3': 3}
 YUV = ('yuv422', 'uyvy', 'yuv422_yuy2', 'yuyv')
 BAYER = ('bayer_rggb8', 'bayer_bggr8', 'bayer_gbrg8', 'bayer_grbg8')
@@ -85,8 +88,17 @@ def _raw_camera_info(msg: Any, lens: tuple[float, ...]) -> Intrinsics:
     return replace(pinhole, distortion_model=str(msg.distortion_model), distortion=lens)
 
 
+def _whole(picture: UInt8[np.ndarray, 'h w *c']) -> UInt8[np.ndarray, 'h w *c']:
+    return picture
+
+
 def read_image(
-    msg: Any, camera: str, info: Intrinsics | None = None, *, use_cv_bridge: bool = False
+    msg: Any,
+    camera: str,
+    info: Intrinsics | None = None,
+    *,
+    use_cv_bridge: bool = False,
+    fit: Fit = _whole,
 ) -> CameraFrame:
     """A `sensor_msgs/Image` as an RGB picture.
 
@@ -96,6 +108,8 @@ def read_image(
         info: the camera's intrinsics, whose size the picture must have.
         use_cv_bridge: convert with cv_bridge where it is installed; without it, an encoding that
             is not read here is left to cv_bridge.
+        fit: what the picture is cut and scaled by. Done before the channels are put in order,
+            which costs by the pixel.
 
     Raises:
         MessageError: unknown encoding, size against data, or size against `info`.
@@ -104,13 +118,13 @@ def read_image(
         picture = _through_cv_bridge(msg)
         if picture is not None:
             _check_against_info(picture.shape[1], picture.shape[0], info)
-            return CameraFrame(camera, stamp_ns_of(msg.header), picture)
+            return CameraFrame(camera, stamp_ns_of(msg.header), fit(picture))
     height_px, width_px = _checked_size(msg, info)
     if use_cv_bridge:
         picture = _through_cv_bridge(msg)
         if picture is not None:
-            return CameraFrame(camera, stamp_ns_of(msg.header), picture)
-    return CameraFrame(camera, stamp_ns_of(msg.header), _rgb(msg, height_px, width_px))
+            return CameraFrame(camera, stamp_ns_of(msg.header), fit(picture))
+    return CameraFrame(camera, stamp_ns_of(msg.header), _rgb(msg, height_px, width_px, fit))
 
 
 def _checked_size(msg: Any, info: Intrinsics | None) -> tuple[int, int]:
@@ -148,15 +162,15 @@ def _check_against_info(width_px: int, height_px: int, info: Intrinsics | None) 
         )
 
 
-def _rgb(msg: Any, height_px: int, width_px: int) -> Picture:
+def _rgb(msg: Any, height_px: int, width_px: int, fit: Fit) -> Picture:
     encoding, step = str(msg.encoding), int(msg.step)
     rows = np.frombuffer(msg.data, np.uint8, count=step * height_px).reshape(height_px, step)
     if encoding in YUV or encoding in BAYER:
-        return _converted(rows, encoding, width_px)
+        return fit(_converted(rows, encoding, width_px))
     channels = CHANNELS[encoding]
-    pixels = rows[:, : width_px * channels].reshape(height_px, width_px, channels)
     if channels == 1:
-        return np.repeat(pixels, 3, axis=2)
+        return np.repeat(fit(rows[:, :width_px])[:, :, None], 3, axis=2)
+    pixels = fit(rows[:, : width_px * channels].reshape(height_px, width_px, channels))
     if encoding.startswith('bgr') or encoding == '8UC3':
         pixels = pixels[:, :, 2::-1]
     return np.ascontiguousarray(pixels[:, :, :3])
@@ -196,8 +210,16 @@ def _through_cv_bridge(msg: Any) -> Picture | None:
     return np.ascontiguousarray(picture, dtype=np.uint8)
 
 
-def read_compressed_image(msg: Any, camera: str, info: Intrinsics | None = None) -> CameraFrame:
+def read_compressed_image(
+    msg: Any, camera: str, info: Intrinsics | None = None, *, fit: Fit = _whole
+) -> CameraFrame:
     """A `sensor_msgs/CompressedImage` (JPEG or PNG, colour or grey) as an RGB picture.
+
+    Args:
+        msg: the message.
+        camera: the camera's name.
+        info: the camera's intrinsics, whose size the picture must have.
+        fit: what the picture is cut and scaled by.
 
     Raises:
         MessageError: not a picture, a truncated one, or a size against `info`.
@@ -222,7 +244,7 @@ def read_compressed_image(msg: Any, camera: str, info: Intrinsics | None = None)
     if picture is None:
         raise MessageError('compressed image: damaged, the decoder returns nothing')
     _check_against_info(picture.shape[1], picture.shape[0], info)
-    picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    picture = cv2.cvtColor(fit(picture), cv2.COLOR_BGR2RGB)
     return CameraFrame(camera, stamp_ns_of(msg.header), picture)
 
 

@@ -1,4 +1,5 @@
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import cv2
@@ -19,6 +20,8 @@ from spanvla_ros.messages import (
     read_route,
     read_trajectory,
 )
+from spanvla_ros.model.config import CameraSpec
+from spanvla_ros.runtime.virtual_camera import VirtualCamera, centered
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -93,6 +96,24 @@ def test_bayer_pattern_names_its_first_two_rows(pattern):
     mosaic = np.tile(cell, (4, 4)).astype(np.uint8)
     frame = read_image(image(mosaic, f'bayer_{pattern}8', 8), 'front')
     assert np.abs(frame.image[2:-2, 2:-2].astype(int) - [210, 120, 40]).max() <= 1
+
+
+@pytest.mark.parametrize('padding', [0, 3])
+@pytest.mark.parametrize(
+    ('encoding', 'channels'),
+    [('rgb8', 3), ('bgr8', 3), ('8UC3', 3), ('bgra8', 4), ('mono8', 1), ('yuv422', 2)],
+)
+def test_a_picture_fitted_while_it_is_read_is_the_picture_fitted_afterwards(
+    encoding, channels, padding
+):
+    pixels = np.random.default_rng(3).integers(0, 256, (90, 160, channels), np.uint8)
+    message = image(pixels, encoding, 160, padding)
+    camera = CameraSpec('front', 28, 28, 40.0, 1.5, 0.0, 1.5, 0.0)
+    for fit in (VirtualCamera(camera, info(160, 90, 80.0)).fit, partial(centered, camera=camera)):
+        afterwards = fit(read_image(message, 'front').image)
+        fitted = read_image(message, 'front', fit=fit).image
+        assert fitted.shape == (28, 28, 3)
+        np.testing.assert_array_equal(fitted, afterwards)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,14 +175,14 @@ class Replay:
             self._views[camera] = VirtualCamera(self._specs[camera], info)
 
     def _on_picture(self, camera: str, message: Any) -> None:
-        compressed = hasattr(message, 'format')
-        frame = (read_compressed_image if compressed else read_image)(message, camera)
         view = self._views.get(camera)
         if view is not None and view.fault:
             raise MessageError(view.fault)
-        spec = self._specs[camera]
-        picture = centered(frame.image, spec) if view is None else view.fit(frame.image)
-        self.take_frame(replace(frame, image=picture))
+        fit = partial(centered, camera=self._specs[camera]) if view is None else view.fit
+        if hasattr(message, 'format'):
+            self.take_frame(read_compressed_image(message, camera, fit=fit))
+        else:
+            self.take_frame(read_image(message, camera, fit=fit))
 
     def take_frame(self, frame: CameraFrame) -> None:
         """Take one picture of the model's own size; a plan follows once all cameras are there."""

@@ -82,7 +82,7 @@ def private_environment(domain: int, log_dir: Path) -> dict[str, str]:
 class NodeProcess:
     """One node as a process; its output goes to `<log_dir>/<name>.txt`.
 
-    `module` is whose code it runs, where that is not its name.
+    `module` is whose code it runs, where that is not its name; `python` is the interpreter.
     """
 
     name: str
@@ -92,13 +92,14 @@ class NodeProcess:
     restarts: int = 0
     process: subprocess.Popen[bytes] | None = None
     module: str = ''
+    python: str = sys.executable
     remaps: Mapping[str, str] = field(default_factory=dict)
     _log: IO[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
         """Start the process; after a death, start it again."""
         command = [
-            sys.executable,
+            self.python,
             '-m',
             f'spanvla_ros.ros.{self.module or self.name}_node',
             '--ros-args',

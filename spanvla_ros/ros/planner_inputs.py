@@ -1,21 +1,28 @@
 """What the planner hears: odometry, acceleration, route, command, checked and kept aligned.
 
-Callbacks check a message and hand it to the `ObservationBuilder`; a bad one is a line in
-`/diagnostics` under the name of its input. The planner's worker asks for the observation at the
-stamp of a picture. Both sides meet under one lock.
+A message is checked and handed to the `ObservationBuilder`; a bad one is a line in `/diagnostics`
+under the name of its input. The planner's worker asks for the observation at the stamp of a
+picture. Odometry and acceleration come so often that waking up for each would cost more than
+reading it: the worker takes them when it is about to plan. The rest comes by callbacks; both
+sides meet under one lock.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
+from typing import Any
 
 from geometry_msgs.msg import AccelWithCovarianceStamped
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from rclpy.subscription import Subscription
 from std_msgs.msg import String
 
 from spanvla_ros.messages import (
@@ -25,7 +32,9 @@ from spanvla_ros.messages import (
     read_route,
     stamp_ns_of,
 )
+from spanvla_ros.ros.by_hand import ByHand, taken, untaken
 from spanvla_ros.ros.diagnostics import InputMeter
+from spanvla_ros.ros.message_bytes import odometry_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.safety.clock import ClockWatch
@@ -37,7 +46,9 @@ LATCHED = QoSProfile(
     reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )
-ODOMETRY = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
+# What a fast odometry sends while a large model plans.
+DEPTH = 200
+ODOMETRY = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 class PlannerInputs:
@@ -61,10 +72,14 @@ class PlannerInputs:
         self._command = InputMeter('input/command', timeout_s, required=False)
         self._clock = InputMeter('clock', timeout_s, required=False)
         subscribe = node.create_subscription
-        subscribe(Odometry, 'input/odometry', self._on_odometry, ODOMETRY)
-        subscribe(
-            AccelWithCovarianceStamped, 'input/acceleration', self._on_acceleration, ODOMETRY
-        )
+        group = ByHand()
+        self._by_hand: list[tuple[Subscription[Any], Callable[[bytes, int], None]]] = [
+            (subscribe(kind, topic, untaken, ODOMETRY, callback_group=group, raw=True), take_one)
+            for kind, topic, take_one in (
+                (AccelWithCovarianceStamped, 'input/acceleration', self._take_acceleration),
+                (Odometry, 'input/odometry', self._take_odometry),
+            )
+        ]
         # A bag offers its latched route as volatile, which a latched subscription never sees.
         for profile in (LATCHED, RELIABLE):
             subscribe(PathMessage, 'input/route', self._on_route, profile)
@@ -95,6 +110,19 @@ class PlannerInputs:
         """Empty the buffers after a jump of the node's own clock."""
         with self._lock:
             self._watch_clock()
+
+    def listen(self) -> None:
+        """Take the odometry and acceleration that have come, in the order of reception."""
+        batch = [
+            (int(info.get('received_timestamp') or 0), take_one, data)
+            for subscription, take_one in self._by_hand
+            for data, info in taken(subscription, DEPTH)
+        ]
+        batch.sort(key=itemgetter(0))
+        now_ns, system_ns = self._now_ns(), time.time_ns()
+        for received_ns, take_one, data in batch:
+            waited_ns = max(system_ns - received_ns, 0) if received_ns else 0
+            take_one(data, now_ns - waited_ns)
 
     def take(self, frames: Sequence[CameraFrame], meters: Mapping[str, InputMeter]) -> None:
         """Take new pictures; a refusal goes to the meter of their camera."""
@@ -130,22 +158,23 @@ class PlannerInputs:
         if self._builder is not None:
             self._builder.clock_jumped()
 
-    def _on_odometry(self, message: Odometry) -> None:
+    def _take_odometry(self, data: bytes, arrived_ns: int) -> None:
         try:
+            message = odometry_of_bytes(data)
             self._check_frame('odometry', message)
             ego = read_odometry(message)
-            self._odometry.warning = self._doubt_of_child(message)
+            self._odometry.warning = self._doubt_of_child(str(message.child_frame_id))
         except MessageError as error:
             self._odometry.fault(self._now_ns(), str(error))
             return
         # One that fell silent says nothing about the present.
-        if self._accel_ns >= 0 and self._now_ns() - self._accel_ns <= self._accel_keep_ns:
+        if self._accel_ns >= 0 and arrived_ns - self._accel_ns <= self._accel_keep_ns:
             ego = replace(ego, accel_mps2=self._accel_mps2)
         reason = self._take_ego(ego)
         if reason:
             self._odometry.fault(self._now_ns(), reason)
         else:
-            self._odometry.arrived(self._now_ns(), ego.stamp_ns)
+            self._odometry.arrived(arrived_ns, ego.stamp_ns)
 
     def _take_ego(self, ego: EgoState) -> str:
         with self._lock:
@@ -159,16 +188,15 @@ class PlannerInputs:
                 return 'clock_backwards: odometry stamps ran back, buffers emptied'
             return reason
 
-    def _check_frame(self, source: str, message: Odometry | PathMessage) -> None:
+    def _check_frame(self, source: str, message: Any) -> None:
         frame_id = str(message.header.frame_id)
         if frame_id != self._frame:
             raise MessageError(
                 f'{source}: frame {frame_id!r:.40} is not output_frame {self._frame!r}'
             )
 
-    def _doubt_of_child(self, message: Odometry) -> str:
+    def _doubt_of_child(self, child: str) -> str:
         """Pose and twist of another point than the rear axle look right and are not."""
-        child = str(message.child_frame_id)
         if child in ('', self._base_frame):
             return ''
         return (
@@ -176,14 +204,15 @@ class PlannerInputs:
             'its origin is the rear axle and its twist in the axes of the body'
         )
 
-    def _on_acceleration(self, message: AccelWithCovarianceStamped) -> None:
+    def _take_acceleration(self, data: bytes, arrived_ns: int) -> None:
+        message = deserialize_message(data, AccelWithCovarianceStamped)
         try:
-            self._accel_mps2, self._accel_ns = read_acceleration(message), self._now_ns()
+            self._accel_mps2, self._accel_ns = read_acceleration(message), arrived_ns
         except MessageError as error:
             self._accel_ns = -1
             self._acceleration.fault(self._now_ns(), str(error))
             return
-        self._acceleration.arrived(self._now_ns(), stamp_ns_of(message.header))
+        self._acceleration.arrived(arrived_ns, stamp_ns_of(message.header))
 
     def _on_route(self, message: PathMessage) -> None:
         try:

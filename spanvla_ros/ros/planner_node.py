@@ -38,7 +38,7 @@ from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.planner_inputs import PlannerInputs
-from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.process import keep_freed_memory, run_node
 from spanvla_ros.runtime.engines import Engine
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
@@ -54,6 +54,7 @@ class PlannerNode(LifecycleNode):
     def __init__(self) -> None:
         """Declare parameters and the topics that do not depend on the model."""
         super().__init__('planner')
+        keep_freed_memory()
         self.settings = declare(self, PlannerSettings, self._on_settings)
         self._model: Planner | None = None
         self._next_model: Planner | None = None
@@ -245,6 +246,10 @@ class PlannerNode(LifecycleNode):
                 elif thinking:
                     model.reason_slice(self.settings.reason_slice_ms)
                     thinking = model.busy
+                else:
+                    # Nothing to plan; what is wrong with the other inputs is told all the same.
+                    cameras.listen()
+                    self._inputs.listen()
             except Exception as error:
                 # Whatever it was, the next picture is a new chance; the guardian bridges the gap.
                 self._note_fault(f'{type(error).__name__}: {error}')
@@ -255,6 +260,7 @@ class PlannerNode(LifecycleNode):
         """Plan from the newest pictures; whether there is something left to reason about."""
         begin_s = time.perf_counter()
         stamp_ns, frames = cameras.take(self.settings.sync_wait_ms / 1e3)
+        self._inputs.listen()
         self._inputs.take(frames, cameras.meters)
         if self._inputs.resets != self._resets_seen:
             # Whoever emptied the buffers, thoughts of another time go with them.

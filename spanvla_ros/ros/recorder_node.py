@@ -23,7 +23,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import AccelWithCovarianceStamped, Twist
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
-from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
@@ -34,6 +33,7 @@ from trajectory_msgs.msg import MultiDOFJointTrajectory
 from visualization_msgs.msg import MarkerArray
 
 from spanvla_ros.ros.bag_file import BagFile
+from spanvla_ros.ros.by_hand import ByHand, taken, untaken
 from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, InputMeter, status
 from spanvla_ros.ros.parameters import RecorderSettings, declare
 from spanvla_ros.ros.process import run_node
@@ -72,21 +72,6 @@ TOPICS: tuple[tuple[str, type, tuple[QoSProfile, ...]], ...] = (
 Item = tuple[str, str, int, bytes]
 
 
-class ByHand(CallbackGroup):
-    """Subscriptions that the executor leaves alone; their QoS events it handles as ever."""
-
-    def can_execute(self, entity: Any) -> bool:
-        """Whether the executor may run an entity."""
-        return not isinstance(entity, Subscription)
-
-    def beginning_execution(self, entity: Any) -> bool:
-        """Let it run."""
-        return True
-
-    def ending_execution(self, entity: Any) -> None:
-        """Nothing is held."""
-
-
 @dataclass
 class Source:
     """One subscription and how its messages are called in the file.
@@ -102,14 +87,7 @@ class Source:
 
     def take(self) -> Iterator[Item]:
         """What has come since the last call."""
-        handle: Any = self.subscription.handle
-        message_type = self.subscription.msg_type
-        for _ in range(DEPTH):
-            # True: as bytes.
-            taken = handle.take_message(message_type, True)  # noqa: FBT003
-            if taken is None:
-                return
-            data, info = taken
+        for data, info in taken(self.subscription, DEPTH):
             if self.latest is not None:
                 if self.latest[0] == data:
                     continue
@@ -188,7 +166,7 @@ class RecorderNode(Node):
         latest = [b''] if len(profiles) > 1 else None
         for profile in profiles:
             subscription = self.create_subscription(
-                kind, topic, _untaken, profile, callback_group=self._by_hand, raw=True
+                kind, topic, untaken, profile, callback_group=self._by_hand, raw=True
             )
             self._sources.append(
                 Source(name, f'{package}/msg/{kind.__name__}', subscription, latest)
@@ -273,10 +251,6 @@ class RecorderNode(Node):
         self._queue.put(None)
         self._thread.join(timeout=2.0)
         self._file.close()
-
-
-def _untaken(_data: bytes) -> None:
-    """What rclpy asks for; the messages are taken by hand."""
 
 
 def main() -> int:

@@ -16,10 +16,9 @@ from rclpy.serialization import deserialize_message, serialize_message
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
 from spanvla_ros.messages import read_trajectory, trajectory_of_table
+from spanvla_ros.ros.cdr import HEAD_BYTES, is_little_endian, number_at, string_at
 from spanvla_ros.types import Trajectory
 
-HEAD_BYTES = 4
-LITTLE_ENDIAN = b'\x00\x01'
 # Each count is followed by four bytes that bring what it counts to a multiple of eight.
 ROW = np.dtype(
     [
@@ -44,37 +43,26 @@ ROW = np.dtype(
 def rows_of(data: bytes | bytearray) -> tuple[np.ndarray, str] | None:
     """The points as a table on `data` itself and the frame; None where they are not one."""
     try:
-        if bytes(data[:2]) != LITTLE_ENDIAN:
+        if not is_little_endian(data):
             return None
-        frame_id, at = _string(data, 12)
-        (joints,) = struct.unpack_from('<I', data, at)
-        at += 4
+        frame_id, at = string_at(data, 12)
+        joints, at = number_at(data, at)
         if joints > 8:
             return None
         for _ in range(joints):
-            _, at = _string(data, at)
-        (count,) = struct.unpack_from('<I', data, at)
+            _, at = string_at(data, at)
+        count, at = number_at(data, at)
     except (struct.error, UnicodeDecodeError):
         return None
     # Where the table would begin inside a multiple of eight, its first count has no gap behind it
     # and stands in that gap's place.
-    first = 'transforms' if (at + 4 - HEAD_BYTES) % 8 == 0 else 'pad_0'
-    begin = at + 4 if first == 'transforms' else at
+    first = 'transforms' if (at - HEAD_BYTES) % 8 == 0 else 'pad_0'
+    begin = at if first == 'transforms' else at - 4
     if count == 0 or begin + count * ROW.itemsize != len(data):
         return None
     rows = np.ndarray((count,), ROW, buffer=data, offset=begin)
     ones = (rows[first][:1], rows['transforms'][1:], rows['velocities'], rows['accelerations'])
     return (rows, frame_id) if all((one == 1).all() for one in ones) else None
-
-
-def _string(data: bytes | bytearray, at: int) -> tuple[str, int]:
-    """The string at an offset, and where the next count stands."""
-    (length,) = struct.unpack_from('<I', data, at)
-    end = at + 4 + length
-    if length == 0 or end > len(data):
-        raise struct.error('a string that is longer than its message')
-    text = bytes(data[at + 4 : end - 1]).decode()
-    return text, end + -end % 4
 
 
 def trajectory_of_bytes(data: bytes) -> Trajectory:

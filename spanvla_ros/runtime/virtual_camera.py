@@ -179,8 +179,8 @@ class VirtualCamera:
             (self._maps - low + 0.5) / scale - 0.5
         ).astype(np.float32)
 
-    def fit(self, picture: UInt8[np.ndarray, 'h w 3']) -> UInt8[np.ndarray, 'rows columns 3']:
-        """The picture as the model's camera would have taken it.
+    def fit(self, picture: UInt8[np.ndarray, 'h w *c']) -> UInt8[np.ndarray, 'rows columns *c']:
+        """The picture as the model's camera would have taken it, whatever its channels mean.
 
         What the source does not see is filled with the pixels of its edge, never with black.
         """
@@ -201,8 +201,8 @@ class VirtualCamera:
 
 
 def centered(
-    picture: UInt8[np.ndarray, 'h w 3'], camera: CameraSpec
-) -> UInt8[np.ndarray, 'rows columns 3']:
+    picture: UInt8[np.ndarray, 'h w *c'], camera: CameraSpec
+) -> UInt8[np.ndarray, 'rows columns *c']:
     """Without a `camera_info`: the largest middle part of the right shape, in the model's size."""
     rows, columns = picture.shape[:2]
     if (columns, rows) == (camera.width_px, camera.height_px):

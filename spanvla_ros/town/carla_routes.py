@@ -44,7 +44,7 @@ from spanvla_ros.town.lockstep import PlannerLike, ThinkingPlanner
 from spanvla_ros.town.opendrive import load_opendrive
 from spanvla_ros.town.opendrive_ground import paint_map
 from spanvla_ros.town.opendrive_routes import route_world
-from spanvla_ros.types import CameraFrame, SpanvlaError, Vehicle
+from spanvla_ros.types import SpanvlaError, Vehicle
 
 DRIVE_M = 250.0
 # From picture to plan, in ticks.
@@ -141,9 +141,8 @@ class Driver:
             self._views[name] = VirtualCamera(self._specs[name], info)
 
     def _take_picture(self, name: str, message: Any) -> int:
-        frame = read_image(message, name, self._infos[name])
-        picture = self._views[name].fit(frame.image)
-        self.builder.add_frame(CameraFrame(name, frame.stamp_ns, picture))
+        frame = read_image(message, name, self._infos[name], fit=self._views[name].fit)
+        self.builder.add_frame(frame)
         return frame.stamp_ns
 
 
