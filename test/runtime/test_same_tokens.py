@@ -5,6 +5,7 @@ Run with `-s` the slow test prints how far lower precisions agree.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,11 +137,11 @@ def test_engines_and_precisions_on_forty_held_out_moments(shipped, layout, tmp_p
         shares[precision] = alike(found, wanted)
     tokens = sum(len(s.reasoning) + len(s.actions) for s in wanted)
     slow = sum(bool(scene.text) for scene in wanted)
-    print(f'\n{len(seen)} moments, {slow} slow, {tokens} tokens')
+    sys.stdout.write(f'\n{len(seen)} moments, {slow} slow, {tokens} tokens\n')
     for precision, (whole, reasoning, actions) in shares.items():
-        print(
+        sys.stdout.write(
             f'{precision}: whole answers {whole:.3f}, reasoning tokens {reasoning:.3f}, '
-            f'action tokens {actions:.3f}'
+            f'action tokens {actions:.3f}\n'
         )
     assert min(shares['fp16']) >= 0.9
     assert shares['int8'][1] >= 0.6

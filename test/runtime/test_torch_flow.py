@@ -6,6 +6,8 @@ timed; with `-s` the counts are printed.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -110,7 +112,9 @@ def test_a_step_takes_half_the_launches_of_the_plain_expert():
     plain -= launches(lambda: euler(expert, slots, start, ego, 1))
     first = launches(lambda: one(start, ego))
     step = launches(lambda: two(start, ego)) - first
-    print(f'launches a step: {plain} plain, {step} arranged; once a plan: {first - step}')
+    sys.stdout.write(
+        f'\nlaunches a step: {plain} plain, {step} here, {first - step} once a plan\n'
+    )
     assert step == 16 * 12 + 6
     assert step < 0.55 * plain
     # What comes before the loop is paid back by the second step.
