@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from spanvla_ros.model.action_heads import expert_draws
 from spanvla_ros.model.checkpoint import (
@@ -108,9 +109,8 @@ def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
     writer = GraphWriter(folder)
     counts: dict[str, int] = {}
     align_eyes(policy, ALIGNED)
-    for name, module in graph_modules(policy).items():
+    for name, module in tqdm(graph_modules(policy).items(), desc='graphs', unit='graph'):
         counts[name] = writer.write(name, trace(module, name, examples[name]))
-    for name in graphs_of(policy.config):
         check_graph(folder / f'{name}.onnx')
     return counts
 
