@@ -104,7 +104,9 @@ def _compare(backend: Backend, reference: Backend, directory: ModelDirectory) ->
     ours, theirs = (_greedy(engine, prompt, first) for engine in (backend, reference))
     alike = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1),
                  len(ours))  # fmt: skip
-    lines.append(f'decoded tokens {alike} of {len(ours)} as onnxruntime, up to the first other one')
+    lines.append(
+        f'decoded tokens {alike} of {len(ours)} as onnxruntime, up to the first other one'
+    )
     return lines
 
 

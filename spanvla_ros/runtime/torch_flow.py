@@ -71,11 +71,11 @@ class ExpertFlow:
     def __init__(self, expert: ActionExpert) -> None:
         """Take the expert, on its device and in its precision."""
         self.expert = expert
-        self._run_block = run_block
+        self._run_block: Callable[..., Tensor] = run_block
 
     def compile(self) -> None:
         """Compile the block once; all blocks run the same code."""
-        self._run_block = torch.compile(run_block, dynamic=False)
+        self._run_block = torch.compile(run_block, dynamic=False, fullgraph=True)
 
     def of(self, slots: Slots, steps: int, draws: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
         """What runs so many Euler steps of `draws` states on what the slots hold.
@@ -188,7 +188,7 @@ def weights_of_a_step(expert: ActionExpert) -> list[Tensor]:
 
 
 def weights_of_a_plan(expert: ActionExpert) -> list[Tensor]:
-    """What a plan reads once, whatever its steps; products of both kinds are read twice."""
+    """What a plan reads once, whatever its steps."""
     blocks: list[ExpertBlock] = list(expert.blocks)  # type: ignore[arg-type]
     timed = chain.from_iterable(block.modulation.parameters() for block in blocks)
     return [*expert.ego_in.parameters(), *timed]

@@ -101,6 +101,22 @@ def test_in_lower_precision_it_is_as_near_as_the_plain_one(precision):
     assert ours < 0.05 * wanted.norm()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_it_is_the_same_and_all_blocks_and_steps_run_one_code():
+    sizes = Sizes()
+    expert, slots = expert_of(sizes), slots_of(sizes, room=5)
+    start, ego = torch.zeros(1, 1, 5, 3), torch.ones(1, 20)
+    flow = ExpertFlow(expert)
+    wanted = flow.of(slots, 2)(start, ego)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flow.compile()
+    found = flow.of(slots, 2)(start, ego)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
 @torch.no_grad()
 def test_a_step_takes_half_the_launches_of_the_plain_expert():
     """Twelve blocks, as the 3B size has; widths do not change the count."""
