@@ -92,8 +92,12 @@ class ExpertFlow:
         kv = slots.kv[..., :rows, :]
         groups = blocks[0].heads // blocks[0].kv_heads
         behind = _behind(draws, expert.waypoints, rows - slots.prefix, groups).to(device, kind)
-        cos, sin = (table.repeat(draws, 1) for table in (expert.cos, expert.sin))
-        cos, sin = (_whole_heads(t, blocks[0], e) for t, e in ((cos, 1.0), (sin, 0.0)))
+        assert isinstance(expert.cos, Tensor)
+        assert isinstance(expert.sin, Tensor)
+        turn = tuple(
+            _whole_heads(table.repeat(draws, 1), blocks[0], still)
+            for table, still in ((expert.cos, 1.0), (expert.sin, 0.0))
+        )
         point = expert.point.repeat(draws, 1)
 
         def run(start: Tensor, ego: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class ExpertFlow:
                 for block, plan, cached in zip(blocks, plans, kv.unbind(0), strict=True):
                     h = self._run_block(
                         h, [part[step] for part in plan], _weights(block), cached, bias,
-                        (cos, sin), slots.prefix,
+                        turn, slots.prefix,
                     )  # fmt: skip
                 velocity = expert.velocity(functional.rms_norm(h, h.shape[-1:], None, EPSILON))
                 x = torch.add(x, velocity, alpha=1.0 / steps)

@@ -131,7 +131,8 @@ def launches(call: Callable[[], object]) -> int:
 
     What is one kernel there and several operators here counts as one.
     """
-    with _Counter() as counter, _Joined(counter):
+    counter = _Counter()
+    with counter, _Joined(counter):
         call()
     return counter.found
 
@@ -139,12 +140,12 @@ def launches(call: Callable[[], object]) -> int:
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found = 0
+        self.found: int = 0
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         silent = self.inside or func.is_view or func._schema.name in _NO_KERNEL
-        self.found += not silent
+        self.found += int(not silent)
         return func(*args, **(kwargs or {}))
 
 
