@@ -42,7 +42,7 @@ def large_policy():
     size = SIZES['3b']
     camera = CameraSpec('front', 84, 56, 60.0, 1.5, 0.0, 1.5, 0.0)
     config = replace(
-        ModelConfig(), name='large', cameras=(camera,), interval=3, expert_width=256,
+        ModelConfig(), name='large', cameras=(camera,), interval=6, expert_width=256,
         answer_tokens=8,
     )  # fmt: skip
     tokenizer = build_tokenizer()
