@@ -27,8 +27,8 @@ from spanvla_ros.runtime.torch_sizes import Frame
 from spanvla_ros.types import SpanvlaError
 
 PICTURE_SETS = 4
-# The longest that one frame or token may take; the slowest real ones take a tenth of a second.
-LIMIT_S = 20.0
+# The longest that one frame or token may take. On a GPU the slowest take a tenth of a second.
+LIMIT_S = {'cuda': 20.0, 'cpu': 3600.0}
 POLL_S = 0.05
 
 
@@ -77,6 +77,7 @@ class Drive:
             run: what makes the state of these pictures.
         """
         self._frame, (self._outputs, self._replay) = frame, run
+        self.device = frame.device
         pinned = frame.device.type == 'cuda'
         shape = frame.images.shape
         pictures = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(PICTURE_SETS)]
@@ -141,7 +142,7 @@ def drive_beside(
     think: Callable[[], None],
     fast: Lane,
     slow: Lane,
-    limit_s: float = LIMIT_S,
+    limit_s: float | None = None,
 ) -> tuple[Timing, float]:
     """Frames on one lane while another thread thinks without a pause on a second one.
 
@@ -151,7 +152,7 @@ def drive_beside(
         think: makes one token, recorded on `slow`.
         fast: the lane of the frames.
         slow: the lane of the thoughts.
-        limit_s: the longest that either may stand still.
+        limit_s: the longest that either may stand still, by default that of the device.
 
     Returns:
         The times of the frames, and how often it thought in a second.
@@ -159,6 +160,7 @@ def drive_beside(
     Raises:
         HungError: one of them stands still.
     """
+    limit_s = LIMIT_S[frames.device.type] if limit_s is None else limit_s
     found: list[Timing] = []
     thoughts = 0
     stop = threading.Event()
