@@ -77,6 +77,7 @@ class ExpertFlow:
         """Compile the block once; all blocks run the same code."""
         self._run_block = torch.compile(run_block, dynamic=False, fullgraph=True)
 
+    @torch.no_grad()
     def of(self, slots: Slots, steps: int, draws: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
         """What runs so many Euler steps of `draws` states on what the slots hold.
 

@@ -35,7 +35,7 @@ SCENES_PER_DRIVE = 4
 
 @dataclass(frozen=True)
 class Spoken:
-    """All tokens of one moment: the reasoning with its marks, then the action tokens."""
+    """All tokens of one moment: a reasoning with its marks, and action tokens without one."""
 
     reasoning: tuple[int, ...]
     actions: tuple[int, ...]
@@ -82,9 +82,10 @@ def spoken(backend, layout, observations):
             seen.stamp_ns, ids[None], np.concatenate(embeds), valid[None].astype(np.float32)
         )
         heard.clear()
-        reasoning, answer = reasoner.run(prompt)
+        reasoning, _ = reasoner.run(prompt)
         said = tuple(heard)
-        actions = answer.say(HEADS['tokens'], layout)
+        # Behind a long reasoning a model with a flow has no room for them.
+        actions = reasoner.without_thought(prompt).say(HEADS['tokens'], layout)
         found.append(Spoken(said, tuple(actions), reasoning.text))
     return found
 
