@@ -159,12 +159,13 @@ class Device:
             failure = error
         status, graph = self._api.cudaStreamEndCapture(self.stream)
         success = self._api.cudaError_t.cudaSuccess
+        if status == success:
+            if failure is None:
+                status, launchable = self._api.cudaGraphInstantiate(graph, 0)
+            self.check('cudaGraphDestroy', graph)
         if failure is None and status == success:
-            status, launchable = self._api.cudaGraphInstantiate(graph, 0)
-            if status == success:
-                self._graphs.append(launchable)
-                self.check('cudaGraphDestroy', graph)
-                return launchable
+            self._graphs.append(launchable)
+            return launchable
         self._api.cudaGetLastError()
         _log.warning('no CUDA graph (%s); enqueueing each call instead', failure or status)
         return None

@@ -8,6 +8,7 @@ Computation is fp32.
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -19,18 +20,16 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from spanvla_ros.model.action_heads import expert_draws
 from spanvla_ros.model.checkpoint import (
     GRAPHS_DIR,
-    ModelDirectory,
-    graphs_of,
     load_model_dir,
     swap_directory,
     write_manifest,
@@ -68,6 +67,14 @@ class Parity:
     torch_ms: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one engine makes of all golden cases, by graph, and the end of its flow (`state`)."""
+
+    outputs: Mapping[str, np.ndarray]
+    graph_ms: Mapping[str, float]
+
+
 def export_model(model_dir: Path, out: Path, weights: str = 'fp16') -> list[Parity]:
     """Write a model with graphs and golden inputs to `out`, whole or not at all.
 
@@ -89,12 +96,20 @@ def export_model(model_dir: Path, out: Path, weights: str = 'fp16') -> list[Pari
     try:
         notes = directory.training
         save_policy(policy, building, notes, shipped=weights == 'fp16', scores=directory.scores)
+        # One copy of the weights at a time: of a large model two do not fit.
+        del policy
+        gc.collect()
         policy = load_policy(building)
         counts = _write_graphs(policy, building / GRAPHS_DIR)
         golden = golden_inputs(policy.layout)
-        _write_golden(policy, golden, building)
+        examples = example_inputs(policy)
+        theirs = measured(TorchBackend(policy), golden, examples)
+        del policy
+        gc.collect()
+        _write_golden({**golden, 'state': theirs.outputs['state'][:, 0]}, building)
         write_manifest(building)
-        report = compare(policy, load_model_dir(building), golden, counts)
+        ours = measured(OnnxBackend(load_model_dir(building)), golden, examples)
+        report = compared(ours, theirs, counts)
         if (model_dir / 'engines').is_dir() and out.resolve() == model_dir.resolve():
             shutil.copytree(model_dir / 'engines', building / 'engines')
         swap_directory(building, out)
@@ -108,9 +123,8 @@ def _write_graphs(policy: Policy, folder: Path) -> dict[str, int]:
     writer = GraphWriter(folder)
     counts: dict[str, int] = {}
     align_eyes(policy, ALIGNED)
-    for name, module in graph_modules(policy).items():
+    for name, module in tqdm(graph_modules(policy).items(), desc='graphs', unit='graph'):
         counts[name] = writer.write(name, trace(module, name, examples[name]))
-    for name in graphs_of(policy.config):
         check_graph(folder / f'{name}.onnx')
     return counts
 
@@ -208,12 +222,10 @@ def golden_inputs(layout: PromptLayout, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def _write_golden(policy: Policy, golden: Mapping[str, np.ndarray], folder: Path) -> None:
+def _write_golden(golden: Mapping[str, np.ndarray], folder: Path) -> None:
     path = folder / GOLDEN_FILE
     path.parent.mkdir(parents=True)
-    backend = TorchBackend(policy)
-    states = [replay_case(backend, golden, case)['state'] for case in range(GOLDEN_CASES)]
-    write_tensors(path, {**golden, 'state': np.concatenate(states)})
+    write_tensors(path, golden)
     path.chmod(0o644)
 
 
@@ -256,37 +268,47 @@ def replay_case(
     }
 
 
-def compare(
-    policy: Policy,
-    directory: ModelDirectory,
+def measured(
+    backend: Backend,
     golden: Mapping[str, np.ndarray],
-    counts: Mapping[str, int],
-) -> list[Parity]:
-    """Both engines on the golden inputs; too large a difference raises `SpanvlaError`."""
-    engines = (OnnxBackend(directory), TorchBackend(policy))
-    found = [
-        [replay_case(engine, golden, case) for case in range(GOLDEN_CASES)] for engine in engines
+    examples: Mapping[str, tuple[torch.Tensor, ...]],
+) -> Measured:
+    """What an engine makes of the golden inputs, and how long each graph takes it."""
+    cases = [replay_case(backend, golden, case) for case in range(GOLDEN_CASES)]
+    return Measured(
+        {name: np.stack([case[name] for case in cases]) for name in cases[0]},
+        {name: _time_ms(backend, name, tensors) for name, tensors in examples.items()},
+    )
+
+
+def compared(ours: Measured, theirs: Measured, counts: Mapping[str, int]) -> list[Parity]:
+    """ONNX Runtime against torch; too large a difference raises `SpanvlaError`."""
+    apart = {
+        name: ours.outputs[name].astype(np.float64) - theirs.outputs[name] for name in ours.outputs
+    }
+    largest = float(np.abs(apart['state']).max())
+    if not largest <= MAX_STATE_ERROR:
+        raise SpanvlaError(
+            f'export: ONNX Runtime and torch differ by {largest:.1e} in the normalised '
+            f'trajectory, allowed are {MAX_STATE_ERROR:g}; the graphs are not written'
+        )
+    return [
+        Parity(
+            name,
+            nodes,
+            float(np.abs(apart[name]).max()),
+            float(np.linalg.norm(apart[name]) / max(np.linalg.norm(theirs.outputs[name]), 1e-12)),
+            ours.graph_ms[name],
+            theirs.graph_ms[name],
+        )
+        for name, nodes in counts.items()
     ]
-    report = []
-    for name in (*graphs_of(policy.config), 'state'):
-        ours = np.stack([case[name] for case in found[0]]).astype(np.float64)
-        theirs = np.stack([case[name] for case in found[1]]).astype(np.float64)
-        absolute = float(np.abs(ours - theirs).max())
-        if name == 'state':
-            if not absolute <= MAX_STATE_ERROR:
-                raise SpanvlaError(
-                    f'export: ONNX Runtime and torch differ by {absolute:.1e} in the normalised '
-                    f'trajectory, allowed are {MAX_STATE_ERROR:g}; the graphs are not written'
-                )
-            continue
-        relative = float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-12))
-        times = [_time_ms(engine, policy, name) for engine in engines]
-        report.append(Parity(name, counts[name], absolute, relative, *times))
-    return report
 
 
-def _time_ms(backend: Any, policy: Policy, name: str, repeats: int = 9) -> float:
-    arrays = [tensor.numpy() for tensor in example_inputs(policy)[name]]
+def _time_ms(
+    backend: Backend, name: str, tensors: tuple[torch.Tensor, ...], repeats: int = 9
+) -> float:
+    arrays = [tensor.numpy() for tensor in tensors]
     function = getattr(backend, name)
     function(*arrays)
     spent = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from spanvla_ros.model.checkpoint import (
     PRECISIONS,
@@ -99,7 +100,7 @@ def _write_graphs(
 ) -> dict[str, int]:
     writer = GraphWriter(folder)
     nodes = {}
-    for name in graphs_of(directory.config):
+    for name in tqdm(graphs_of(directory.config), desc=f'{precision} graphs', unit='graph'):
         whole = read_whole(directory.graph(name))
         if calibration is None or precision not in eight_bit.KINDS:
             found = halves.lowered(whole, precision)

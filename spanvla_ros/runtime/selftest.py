@@ -21,11 +21,13 @@ from spanvla_ros.runtime.backend import Backend
 from spanvla_ros.runtime.gate import check_graph
 from spanvla_ros.runtime.golden import load_golden
 from spanvla_ros.runtime.onnx_ import OnnxBackend
+from spanvla_ros.runtime.reasoner import Answer, Prompt
 from spanvla_ros.runtime.tensorrt_ import TensorRTBackend
 from spanvla_ros.runtime.tensorrt_build import PRECISIONS, BuildSettings
 from spanvla_ros.types import SpanvlaError
 
 REPEATS = 200
+TOKENS = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +100,24 @@ def _compare(backend: Backend, reference: Backend, directory: ModelDirectory) ->
         pairs = zip(call(backend), call(reference), strict=True)
         apart = max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
         lines.append(f'{name:<15}largest difference from onnxruntime {apart:.1e}')
+    prompt, first = Prompt(0, ids, embeds, valid), int(golden['answer'][0])
+    ours, theirs = (_greedy(engine, prompt, first) for engine in (backend, reference))
+    alike = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1),
+                 len(ours))  # fmt: skip
+    lines.append(
+        f'decoded tokens {alike} of {len(ours)} as onnxruntime, up to the first other one'
+    )
     return lines
+
+
+def _greedy(engine: Backend, prompt: Prompt, first: int) -> list[int]:
+    """Tokens after `first`, each the most probable one, over the cache that the engine keeps."""
+    answer, said = Answer(engine, prompt), [first]
+    for _ in range(min(TOKENS, engine.config.answer_tokens)):
+        answer.feed(said[-1])
+        assert answer.logits is not None
+        said.append(int(answer.logits.argmax()))
+    return said[1:]
 
 
 def _decode(

@@ -36,7 +36,8 @@ from spanvla_ros.runtime.torch_cuda import (
     align_eyes,
     compile_layers,
 )
-from spanvla_ros.runtime.torch_drive import alarm, drive, drive_beside, stream
+from spanvla_ros.runtime.torch_drive import Drive, HungError, alarm, drive, drive_beside, lane
+from spanvla_ros.runtime.torch_flow import weights_of_a_plan, weights_of_a_step
 from spanvla_ros.runtime.torch_graphs import (
     Record,
     Recorded,
@@ -54,6 +55,7 @@ from spanvla_ros.runtime.torch_measure import (
     measured_ceiling,
     prefill_weights,
     timed,
+    wait,
     work_of_call,
 )
 from spanvla_ros.runtime.torch_sizes import SIZES, Answer, Frame, sized_policies
@@ -103,6 +105,7 @@ class SizeBench:
         self._kept: dict[str, Recorded] = {}
         self._runs: dict[str, Runnable] = {}
         self._ceiling = Ceiling(1.0, 1.0)
+        self._hung = False
         self.summary: dict[str, Any] = {
             'size': size,
             'precision': precision,
@@ -125,6 +128,7 @@ class SizeBench:
             if found is not None:
                 self.summary.setdefault(section, {})[name] = found
         except Exception as error:  # Whatever fails, the rest is worth its time.
+            self._hung = self._hung or isinstance(error, HungError)
             self.summary['failures'][f'{section} {name}'] = first_line(error)
             sys.stdout.write(f'{section} {name}: {first_line(error)}\n')
         spent = time.perf_counter() - began
@@ -141,11 +145,13 @@ class SizeBench:
         if 'machine model' in self.summary['failures']:
             return
         self.part('machine', 'tower', self.tower)
-        for section in (self.stages, self.frames, self.decoders, self.beside):
+        for section in (self.stages, self.frames, self.decoders):
             self.part('all of', section.__name__, section)
         self.part('machine', 'memory', self.memory)
         self.part('all of', 'shipped', lambda: self.shipped(model))
-        if compile_s > 0:
+        self.part('all of', 'beside', self.beside)
+        # On a device that hangs nothing runs any more.
+        if compile_s > 0 and not self._hung:
             self.part('all of', 'table', self.show)
             self.part('all of', 'compiled', lambda: self.compiled(compile_s))
 
@@ -162,7 +168,7 @@ class SizeBench:
         """Draw the weights on the device and lay out the frames."""
         torch.manual_seed(0)
         deep, short = sized_policies(self._size, self.device, self.precision)
-        self.deep, self.short = Frame(deep, self.device), Frame(short, self.device)
+        self.deep, self.short = Frame(deep, self.device, ANCHORS), Frame(short, self.device)
         # What stands from here on is never looked through again by the collector.
         gc.collect()
         gc.freeze()
@@ -206,7 +212,7 @@ class SizeBench:
         self.answer = Answer(deep)
         self._stage('vision', deep.see, None)
         for name, frame in (('prefill', deep), ('prefill short', short)):
-            moved = [frame.embeds, *frame.slots]
+            moved = [frame.embeds, frame.slots.bridged]
             self._stage(name, frame.prefill, (prefill_weights(frame.policy), moved, 1))
         answer, language = self.answer, language_weights(deep.policy)
         moved = [deep.embeds, answer.keys, answer.values]
@@ -274,7 +280,8 @@ class SizeBench:
     def beside(self) -> None:
         """The fast loop alone and beside a reasoning that decodes on a second stream."""
         for name, frame, _, _, steps in self._variants():
-            self.part('beside', name, partial(self._beside, name, frame, steps))
+            if not self._hung:
+                self.part('beside', name, partial(self._beside, name, frame, steps))
 
     def memory(self) -> dict[str, float]:
         """Device memory of everything above together, in MB."""
@@ -327,6 +334,7 @@ class SizeBench:
         """What was recorded once more, its layers compiled before."""
         for frame in (self.deep, self.short):
             compile_layers(frame.policy)
+            frame.flows.compile()
         for name in COMPILED:
             self._compile(name, limit_s)
         for name, frame, *_ in self._variants():
@@ -376,8 +384,9 @@ class SizeBench:
         )
 
     def _flow(self, name: str, frame: Frame, steps: int, draws: int) -> None:
-        weights = list(frame.policy.expert.parameters())
-        self._stage(name, frame.act(steps, draws), (weights, frame.slots, steps))
+        expert = frame.policy.expert
+        once = [frame.slots.bridged, *weights_of_a_plan(expert)]
+        self._stage(name, frame.act(steps, draws), (weights_of_a_step(expert), once, steps))
 
     def _stage(self, name: str, run: Runnable, needs: tuple[Any, Any, int] | None) -> None:
         self._runs[name] = run
@@ -434,12 +443,17 @@ class SizeBench:
 
     def _beside(self, name: str, frame: Frame, steps: int) -> dict[str, Any]:
         count, what = FRAMES_PER_REPEAT * self.repeats, f'frame {name}'
-        fast = self._recorded(what, frame.whole(steps), self._record)
-        slow = self._recorded('AR step', self.answer.step, self._record)[1]
-        slow_alone = timed(slow, self.repeats, self.device)
-        with stream(self.device, priority=-1):
-            alone = drive(frame, fast, count)
-        together, tokens_per_s = drive_beside(frame, fast, count, slow)
+        # Each on a lane of its own, whatever is recorded elsewhere: see `torch_drive`.
+        fast, slow = lane(self.device, priority=-1), lane(self.device)
+        run, refused = recorded(what, frame.whole(steps), fast.record)
+        (_, think), refused_too = recorded('AR step', self.answer.step, slow.record)
+        frames = Drive(frame, run)
+        wait(self.device)
+        with slow.taken():
+            slow_alone = timed(think, self.repeats, self.device)
+        with fast.taken():
+            alone = frames.frames(count, fast)
+        together, tokens_per_s = drive_beside(frames, count, think, fast, slow)
         return {
             'alone': self._row(alone, what),
             'beside': self._row(together, what),
@@ -447,6 +461,7 @@ class SizeBench:
             'slowdown_p99': together.p99_ms / alone.p99_ms,
             'tokens_per_s_alone': 1e3 / slow_alone.p50_ms,
             'tokens_per_s_beside': tokens_per_s,
+            'no_graph': refused or refused_too,
         }
 
     def _ratios(self) -> dict[str, dict[str, float]]:

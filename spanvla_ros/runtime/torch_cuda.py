@@ -17,10 +17,10 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from spanvla_ros.model.checkpoint import ModelDirectory
-from spanvla_ros.model.flow import time_features
 from spanvla_ros.model.policy import Policy, load_policy
 from spanvla_ros.runtime.backend import DeviceCache
 from spanvla_ros.runtime.torch_ import TorchBackend, graph_modules
+from spanvla_ros.runtime.torch_flow import ExpertFlow, empty_slots, fill_slots
 from spanvla_ros.runtime.torch_graphs import Record, Stage, Tensors, cuda_graph
 from spanvla_ros.types import SpanvlaError
 
@@ -79,10 +79,13 @@ class TorchCudaBackend(TorchBackend):
         self._modules = graph_modules(policy)
         self._record = record
         self._stages = {name: self._stage(name, self._graph(name)) for name in self._modules}
-        self._slots = self._empty_slots(len(policy.backbone.bridged))
+        self._slots = empty_slots(policy, self.device, self.kind)
+        self._flows = ExpertFlow(policy.expert)
+        if compiled:
+            self._flows.compile()
         self._stages['condition'] = self._stage('condition', self._fill_slots)
         self._conditioned = 0
-        self._answer = self._empty_slots(policy.backbone.layers)[:2]
+        self._answer = self._empty_answer()
         self._stages['decode'] = self._stage('decode', self._decode_in_place)
         self._decoding: tuple[Array, Array, int] | None = None
 
@@ -158,22 +161,22 @@ class TorchCudaBackend(TorchBackend):
 
         return run
 
-    def _empty_slots(self, layers: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values `[layers, 1, kv, S, hd]`, and which of the slots hold something."""
+    def _empty_answer(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of an answer's cache `[layers, 1, kv, S, hd]`."""
         backbone, slots = self.policy.backbone, self.config.sequence_tokens
-        shape = (layers, 1, backbone.kv_heads, slots, backbone.head_size)
+        shape = (backbone.layers, 1, backbone.kv_heads, slots, backbone.head_size)
         keys, values = (torch.zeros(shape, dtype=self.kind, device=self.device) for _ in range(2))
-        return keys, values, torch.zeros((1, slots), dtype=self.kind, device=self.device)
+        return keys, values
 
     def _fill_slots(self, ids: Tensor, embeds: Tensor, valid: Tensor) -> Tensors:
         fill_slots(self.policy, self._slots, ids, embeds[None].to(self.kind), valid)
         return ()
 
     def _flow_of(self, steps: int) -> Callable[..., Tensors]:
-        times = flow_times(steps, self.device, self.kind)
+        flow = self._flows.of(self._slots, steps)
 
         def run(start: Tensor, ego: Tensor) -> Tensors:
-            return (flow(self.policy, self._slots, start[:, None], ego, times)[:, 0],)
+            return (flow(start[:, None], ego)[:, 0],)
 
         return run
 
@@ -208,7 +211,7 @@ def align_eyes(policy: Policy, multiple: int) -> None:
 
 
 def compile_layers(policy: Policy) -> None:
-    """Compile each kind of layer once; all layers of a kind run the same code.
+    """Compile each kind of layer of the backbone once; all of a kind run the same code.
 
     Whole networks would be compiled layer by layer, which takes minutes and gains little more.
     """
@@ -216,8 +219,6 @@ def compile_layers(policy: Policy) -> None:
     for name in ('_decode_layer', '_see_layer'):
         if hasattr(backbone, name):
             setattr(backbone, name, torch.compile(getattr(backbone, name), dynamic=False))
-    for block in policy.expert.blocks:
-        block.compile(dynamic=False)
 
 
 @torch.no_grad()
@@ -246,39 +247,3 @@ def _widened(linear: nn.Linear, outputs: int, inputs: int) -> nn.Linear:
         wide.bias.zero_()
         wide.bias[: bias.shape[0]] = bias
     return wide.requires_grad_(weight.requires_grad)
-
-
-def fill_slots(
-    policy: Policy,
-    slots: tuple[Tensor, Tensor, Tensor],
-    ids: Tensor,
-    embeds: Tensor,
-    valid: Tensor,
-) -> None:
-    """Prefill up to the last bridged layer, written into the first of the slots."""
-    keys, values, seen = slots
-    prefix = policy.backbone.prefill(ids, embeds, valid, policy.backbone.bridged)
-    length = ids.shape[1]
-    keys[:, :, :, :length].copy_(prefix.keys)
-    values[:, :, :, :length].copy_(prefix.values)
-    seen[:, :length].copy_(valid)
-
-
-def flow_times(steps: int, device: torch.device, kind: torch.dtype) -> Tensor:
-    """Features of the time of each Euler step `[steps, 1, 1, 128]`, on the device beforehand."""
-    table = np.stack([time_features(index / steps) for index in range(steps)])
-    return torch.from_numpy(table).to(device, kind)[:, None, None]
-
-
-def flow(
-    policy: Policy, slots: tuple[Tensor, Tensor, Tensor], start: Tensor, ego: Tensor, times: Tensor
-) -> Tensor:
-    """The fp32 state `[1, D, T, 3]` after one Euler step for each of `times`."""
-    keys, values, seen = slots
-    kind, draws, x = keys.dtype, start.shape[1], start
-    ego = ego.to(kind)
-    for time in times.unbind(0):
-        now = time.expand(1, draws, -1)
-        velocity = policy.expert(x.to(kind), now, ego, keys, values, seen)
-        x = x + (1.0 / len(times)) * velocity.float()
-    return x

@@ -36,14 +36,18 @@ def plain(work: Work) -> Recorded:
     return outputs, replay
 
 
-def cuda_graph(work: Work) -> Recorded:
-    """A CUDA graph of the work, on the current device.
+def cuda_graph(work: Work, aside: torch.cuda.Stream | None = None) -> Recorded:
+    """A CUDA graph of the work, on the current device; no other thread may use it meanwhile.
+
+    Graphs recorded on one stream share the workspace of its matrix products (pytorch issue
+    193402) and must not run at the same time: `aside` is the stream to record on, one of its own
+    if None.
 
     Raises:
         RuntimeError: the work cannot be recorded.
     """
     before = torch.cuda.current_stream()
-    aside = torch.cuda.Stream()
+    aside = aside or torch.cuda.Stream()
     aside.wait_stream(before)
     with torch.cuda.stream(aside):
         for _ in range(WARM):
@@ -52,7 +56,7 @@ def cuda_graph(work: Work) -> Recorded:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # Other threads may allocate meanwhile; only calls of this one must be recordable.
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+    with torch.cuda.graph(graph, stream=aside, capture_error_mode='thread_local'):
         outputs = work()
     return outputs, graph.replay
 

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spanvla_ros.model.policy import Policy
@@ -20,6 +23,9 @@ from spanvla_ros.runtime.timing import WARM, Timing
 PRODUCT = {'cuda': 8192, 'cpu': 256}
 COPY_BYTES = {'cuda': 1 << 30, 'cpu': 1 << 22}
 TRIALS = 10
+# Operators that make a tensor without a kernel, and functions that are one kernel on a GPU.
+_NO_KERNEL = frozenset(('aten::empty', 'aten::empty_like', 'aten::_unsafe_view'))
+_ONE_KERNEL = (functional.rms_norm, functional.scaled_dot_product_attention)
 
 
 def wait(device: torch.device) -> None:
@@ -118,3 +124,42 @@ def _span_ms(call: Callable[[], object], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
+
+
+def launches(call: Callable[[], object]) -> int:
+    """How many kernels a call would put on a GPU, counted on the CPU: operators that are no views.
+
+    What is one kernel there and several operators here counts as one.
+    """
+    counter = _Counter()
+    with counter, _Joined(counter):
+        call()
+    return counter.found
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: int = 0
+        self.inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        silent = self.inside or func.is_view or func._schema.name in _NO_KERNEL
+        self.found += int(not silent)
+        return func(*args, **(kwargs or {}))
+
+
+class _Joined(TorchFunctionMode):
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _ONE_KERNEL:
+            return func(*args, **(kwargs or {}))
+        self._counter.found += 1
+        self._counter.inside = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._counter.inside = False

@@ -18,7 +18,8 @@ from spanvla_ros.model.config import CameraSpec, ModelConfig
 from spanvla_ros.model.expert import EGO_FEATURES, ActionExpert
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.model.prompt import PromptLayout, build_tokenizer
-from spanvla_ros.runtime.torch_cuda import PRECISIONS, fill_slots, flow, flow_times, placed
+from spanvla_ros.runtime.torch_cuda import PRECISIONS, placed
+from spanvla_ros.runtime.torch_flow import ExpertFlow, empty_slots, fill_slots
 
 # Two frames of a camera make one temporal grid of Qwen's video.
 FRAMES_PER_GRID = 2
@@ -142,8 +143,8 @@ def sized_policies(size: Size, device: torch.device, precision: str) -> tuple[Po
 class Frame:
     """One frame of a policy on fixed buffers: pictures in, state of the flow out."""
 
-    def __init__(self, policy: Policy, device: torch.device) -> None:
-        """Lay out the buffers; pictures and prompt are random."""
+    def __init__(self, policy: Policy, device: torch.device, draws: int = 1) -> None:
+        """Lay out the buffers, for so many states at once; pictures and prompt are random."""
         config, backbone = policy.config, policy.backbone
         self.policy, self.device = policy, device
         self.kind = backbone.text.norm.weight.dtype
@@ -154,12 +155,8 @@ class Frame:
         self.valid = torch.ones((1, config.prompt_tokens), device=device, dtype=self.kind)
         self.ego = torch.randn((1, EGO_FEATURES), device=device)
         self.start = torch.randn((1, 1, config.waypoints, 3), device=device)
-        slots = (len(backbone.bridged), 1, backbone.kv_heads, config.sequence_tokens)
-        self.slots = (
-            torch.zeros((*slots, backbone.head_size), device=device, dtype=self.kind),
-            torch.zeros((*slots, backbone.head_size), device=device, dtype=self.kind),
-            torch.zeros((1, config.sequence_tokens), device=device, dtype=self.kind),
-        )
+        self.slots = empty_slots(policy, device, self.kind, draws)
+        self.flows = ExpertFlow(policy.expert)
         self.embeds = self.see()[0]
         self.prefill()
 
@@ -173,13 +170,13 @@ class Frame:
     def prefill(self) -> tuple[Tensor, ...]:
         """Bridged keys and values of the visual tokens at hand, in their slots."""
         fill_slots(self.policy, self.slots, self.ids, self.embeds, self.valid)
-        return self.slots
+        return self.slots.bridged, self.slots.bias
 
     def act(self, steps: int, draws: int = 1) -> Any:
         """What runs the flow of so many steps on the cache at hand, `draws` states at once."""
-        times = flow_times(steps, self.device, self.kind)
+        flow = self.flows.of(self.slots, steps, draws)
         start = self.start.expand(-1, draws, -1, -1).contiguous()
-        return lambda: (flow(self.policy, self.slots, start, self.ego, times),)
+        return lambda: (flow(start, self.ego),)
 
     def whole(self, steps: int) -> Any:
         """What runs a frame from pictures to the state, all on the device."""
@@ -206,7 +203,7 @@ class Answer:
         shape = (backbone.layers, 1, backbone.kv_heads, config.sequence_tokens, backbone.head_size)
         self.keys = torch.zeros(shape, device=frame.device, dtype=frame.kind)
         self.values = torch.zeros_like(self.keys)
-        self.seen = torch.zeros_like(frame.slots[2])
+        self.seen = torch.zeros((1, config.sequence_tokens), device=frame.device, dtype=frame.kind)
         self.token = torch.full((1, 1), TOKEN, device=frame.device)
         self.position = torch.full((1,), self.prompt, device=frame.device)
         self.prefill()

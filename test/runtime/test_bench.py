@@ -159,6 +159,18 @@ def test_a_proposal_keeps_the_budget_with_most_steps(budget, steps, every, fits)
     assert (found.frame_ms <= budget) == fits
 
 
+def test_a_proposal_that_does_not_fit_says_what_a_frame_takes_on_average(toy, tmp_path, capsys):
+    arguments = ['bench', '--only', 'model', '--model', str(toy.path), '--repeats', '1']
+    arguments += ['--backend', 'onnxruntime', '--budget', '0.0001ms', '--out', str(tmp_path)]
+    assert cli.main(arguments) == 0
+    chosen = json.loads((tmp_path / 'summary.json').read_text())['proposal']
+    assert (chosen['steps'], chosen['vision_every'], chosen['fits']) == (1, 4, False)
+    assert chosen['mean_ms'] < chosen['frame_ms']
+    said = capsys.readouterr().out
+    assert 'for 0.0001 ms: 1 steps, vision every 4 frames, precision fp32: ' in said
+    assert f'which does not fit; {chosen["mean_ms"]:.1f} ms where most frames' in said
+
+
 @pytest.mark.parametrize(
     ('budget', 'precision', 'steps'),
     [(100.0, 'fp32', 10), (60.0, 'int8', 10), (45.0, 'int8', 5), (36.0, 'int8', 2)],

@@ -327,6 +327,8 @@ class FakeGpu:
         self.error_now = SUCCESS
         self.refuses_graphs = self.builds_nothing = self.refuses_capture = False
         self.velocity_error = 1.0
+        # Captured and not yet destroyed: what can be launched is made of it and is another thing.
+        self.captured_graphs = 0
         self._sessions = {}
         self.runtime, self.tensorrt = self._runtime_module(), self._tensorrt_module(version)
 
@@ -468,13 +470,17 @@ class FakeGpu:
 
     def _cudaStreamEndCapture(self, stream):  # noqa: N802
         captured, self.capturing = self.capturing, None
-        return (BAD_CAPTURE, None) if self.refuses_capture else (SUCCESS, captured)
+        if self.refuses_capture:
+            return BAD_CAPTURE, None
+        self.captured_graphs += 1
+        return SUCCESS, captured
 
     def _cudaGraphInstantiate(self, graph, flags):  # noqa: N802
         self.graphs[id(graph)] = graph
         return SUCCESS, id(graph)
 
     def _cudaGraphDestroy(self, graph):  # noqa: N802
+        self.captured_graphs -= 1
         return (SUCCESS,)
 
     def _cudaGetLastError(self):  # noqa: N802
@@ -669,6 +675,16 @@ def test_where_capture_fails_calls_are_enqueued(gpu, directory, caplog):
         np.testing.assert_array_equal(state, other)
 
 
+def test_what_was_captured_is_given_back_even_where_enqueueing_fails(old_gpu):
+    def fails():
+        raise CudaError('TensorRT does not enqueue; its log above says why')
+
+    device = Device()
+    assert device.capture(fails) is None
+    assert device.capture(lambda: None) is not None
+    assert old_gpu.captured_graphs == 0
+
+
 def test_a_reasoning_is_the_same_and_its_cache_goes_up_once(gpu, directory, toy):
     ids, embeds, valid = prompt(directory.config)
     said = []
@@ -844,6 +860,7 @@ def test_the_selftest_prints_its_block(old_gpu, directory, capsys):
         'largest waypoint difference',
         'flow, 10 steps',
         'frame, 3 pictures',
+        'decoded tokens 32 of 32 as onnxruntime',
     ):
         assert line in out
     assert selftest.main(['--selftest', '--model', str(directory.path / 'none')]) == 2
