@@ -168,7 +168,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TrainSetti
         name, equals, value = override.partition('=')
         if not equals:
             raise SpanvlaError(f'--set {override}: write it as name=value')
-        raw[name.strip()] = yaml.safe_load(value)
+        try:
+            raw[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpanvlaError(f'--set {override}: {value!r} is no YAML value; mend it') from error
     return _checked(raw, str(path))
 
 

@@ -24,6 +24,7 @@ from spanvla_ros import cli  # noqa: E402
 from spanvla_ros.model.checkpoint import settle_directory  # noqa: E402
 from spanvla_ros.training import parallel  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet, write_shard  # noqa: E402
+from spanvla_ros.training.settings import load_settings  # noqa: E402
 from spanvla_ros.training.stages import sft  # noqa: E402
 from spanvla_ros.types import SpanvlaError  # noqa: E402
 
@@ -242,3 +243,8 @@ def test_a_users_fault_in_another_process_is_one_sentence(monkeypatch, capsys):
         parallel._other(refuse, parallel.Group(1, 2), 1, 'file://nowhere', ())
     assert ended.value.code == 2
     assert capsys.readouterr().err == 'process 1: rows.parquet: damaged\n'
+
+
+def test_an_override_that_is_no_yaml_is_one_sentence():
+    with pytest.raises(SpanvlaError, match=r"--set steps=\[1: '\[1' is no YAML value"):
+        load_settings(ROOT / 'config/train/sft.yaml', ['steps=[1'])
