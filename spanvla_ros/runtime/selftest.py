@@ -100,7 +100,8 @@ def _compare(backend: Backend, reference: Backend, directory: ModelDirectory) ->
         pairs = zip(call(backend), call(reference), strict=True)
         apart = max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
         lines.append(f'{name:<15}largest difference from onnxruntime {apart:.1e}')
-    prompt, first = Prompt(0, ids, embeds, valid), int(golden['answer'][0])
+    prompt = Prompt(0, ids, embeds, valid)
+    first = int(reference.prefill_reason(ids, embeds, valid)[2].argmax())
     ours, theirs = (_greedy(engine, prompt, first) for engine in (backend, reference))
     alike = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1),
                  len(ours))  # fmt: skip
