@@ -82,10 +82,15 @@ def train(
             'train grpo: answers of different lengths would leave processes waiting for each '
             "other's weights; use sharding=none, for adapters need little room"
         )
-    if settings.cache and stage != 'action-expert':
+    flow = stage == 'grpo' and settings.rollout_policy != 'tokens'
+    if settings.cache and not flow and stage != 'action-expert':
         raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
     shards = ShardSet(settings.data)
-    policy = with_adapters(start_policy(settings, init), settings)
+    policy = start_policy(settings, init)
+    if settings.lora_rank and not flow:
+        targets = tuple(settings.lora_targets.split())
+        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, targets)
+        attach_adapters(policy.backbone.network, lora, settings.seed)
     earlier = [] if init is None or is_network_folder(init) else trained_before(init)
     if resume:
         earlier = earlier[:-1]
@@ -172,15 +177,6 @@ def prepare_device(settings: TrainSettings, group: Group) -> torch.device:
     device = torch.device('cuda', group.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def with_adapters(policy: Policy, settings: TrainSettings) -> Policy:
-    """The policy, with LoRA adapters on its backbone if they are asked for."""
-    if settings.lora_rank:
-        targets = tuple(settings.lora_targets.split())
-        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, targets)
-        attach_adapters(policy.backbone.network, lora, settings.seed)
-    return policy
 
 
 def _promotion(group: Group, stage: str, settings: TrainSettings) -> Promotion | None:

@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from spanvla_ros.model.backbone.adapters import merged, save_adapters
+from spanvla_ros.model.backbone.adapters import adapter_layers, merged, save_adapters
 from spanvla_ros.model.checkpoint import swap_directory, write_tensors, write_text
 from spanvla_ros.model.policy import Policy, save_policy
 from spanvla_ros.training.lint import Finding
@@ -195,7 +195,7 @@ class Run:
         about = {'stage': self.stage, 'step': self.step, 'elapsed_s': elapsed_s}
         write_text(building / 'state.json', json.dumps(about) + '\n')
         swap_directory(building, self.out / STATE_DIR)
-        if self.settings.lora_rank:
+        if adapter_layers(policy.backbone.network):
             save_adapters(policy.backbone.network, self.out / ADAPTERS_DIR)
 
     def close(self) -> None:

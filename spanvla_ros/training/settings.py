@@ -13,7 +13,7 @@ import yaml
 from spanvla_ros.model.config import typed_settings
 from spanvla_ros.types import SpanvlaError
 
-ROLLOUT_POLICIES = ('tokens', 'flow')
+ROLLOUT_POLICIES = ('tokens', 'flow', 'plan')
 LABELS = ('positive', 'negative', 'recovery')
 PRECISIONS = ('fp32', 'bf16')
 DEVICES = ('cpu', 'cuda')
@@ -44,8 +44,8 @@ class TrainSettings:
     keeps its backbone and starts from a fresh expert; with `fresh_expert` so does an unchanged
     one.
 
-    `cache` names a folder for the K/V of `cache_rows` rows (0 takes all), for the action-expert
-    stage on a frozen backbone: `training.kv_cache`.
+    `cache` names a folder for the K/V of `cache_rows` rows (0 takes all), for what trains the
+    expert alone, action-expert and grpo on the flow: `training.kv_cache`.
 
     `lora_rank` above zero trains low-rank adapters on `lora_targets` of the language model in
     place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
@@ -63,9 +63,11 @@ class TrainSettings:
     Rows are drawn with weight 1 + the three class weights where the row has the class; those
     whose label is not among `labels` never: supervised stages must not learn negatives.
 
-    GRPO: `group` answers a row of `rollout_policy` (`tokens` or `flow`) at `temperature` or with
-    `flow_noise`, `updates` steps a batch (clipped by `ratio_clip` if more than one), `kl` to the
-    reference, adapters of `lora_rank`. Each `reward_NAME` is the weight of a term of
+    GRPO: `group` answers a row of `rollout_policy` (`tokens` at `temperature`, `flow` with
+    `flow_noise`, or `plan` with deviations of `plan_along_m` and `plan_across_m` at 4 s), `updates`
+    steps a batch (clipped by `ratio_clip` if more than one), `kl` to the reference, adapters of
+    `lora_rank`. An advantage is in units of the deviation of its group's rewards, or where it is
+    above zero of `advantage_unit`. Each `reward_NAME` is the weight of a term of
     `rewards.REWARDS`; `reward_scale` multiplies their sum, `reward_radius_m` is where nearness to
     a negative or recovery ends.
     """
@@ -128,6 +130,9 @@ class TrainSettings:
     kl: float = 0.04
     temperature: float = 1.0
     flow_noise: float = 0.3
+    plan_along_m: float = 1.5
+    plan_across_m: float = 0.3
+    advantage_unit: float = 0.0
     reward_scale: float = 10.0
     reward_pdms: float = 0.0
     reward_epdms: float = 1.0
