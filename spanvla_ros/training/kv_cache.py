@@ -1,10 +1,10 @@
 """Training the expert on K/V cached from the frozen backbone.
 
-The backbone is nine tenths of a step of the action-expert stage, and of reinforcing the flow most
-of what is not scoring; with it frozen its K/V of a
-row are the same every time, but for the noise on its inputs. So a number of rows are prefilled
-once, each with one draw of that noise, for all layers, and stored; every run on the same backbone
-and rows, whatever its head, interval, source or time sampler, reads them from there.
+The backbone is nine tenths of a step of the action-expert stage, and most of what is not scoring
+where the flow is reinforced; with it frozen its K/V of a row are the same every time, but for the
+noise on its inputs. So a number of rows are prefilled once, each with one draw of that noise, for
+all layers, and stored; every run on the same backbone and rows, whatever its stage, head,
+interval, source or time sampler, reads them from there.
 
 The price is less augmentation: a row that comes again comes with the same noise on its prompt
 (flow times and noise of the flow are drawn anew). K/V are stored in fp16.

@@ -7,6 +7,7 @@ length is given in steps.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -109,25 +110,30 @@ def train(
     promotion = _promotion(group, stage, settings)
     if settings.compiled:
         compile_vision(policy)
-    steps = Feed(module.ANSWERS, shards, policy, settings, group).steps(run.step)
+    parted = settings.accumulate
+    steps = Feed(module.ANSWERS, shards, policy, settings, group).steps(run.step * parted)
     half = settings.precision == 'bf16'
     code = 0
     while not code & STOP:
-        step = next(steps)
-        generator = torch.Generator().manual_seed(step.seed)
-        batch = step.batch.to(device)
+        taken = list(itertools.islice(steps, parted))
+        batches = [step.batch.to(device) for step in taken]
+        generators = [torch.Generator().manual_seed(step.seed) for step in taken]
         word = run.next_word()
         for _ in range(settings.updates):
             optimizer.zero()
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                losses = optimizer.losses(module.losses, batch, settings, generator)
-            check_losses(losses, run.step, shards, step.indices)
-            # What has no gradient is only reported.
-            minimised = [loss for loss in losses.values() if loss.requires_grad]
-            torch.stack(minimised).sum().backward()
+            means: dict[str, float] = {}
+            for step, batch, generator in zip(taken, batches, generators, strict=True):
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    losses = optimizer.losses(module.losses, batch, settings, generator)
+                check_losses(losses, run.step, shards, step.indices)
+                # What has no gradient is only reported.
+                minimised = [loss for loss in losses.values() if loss.requires_grad]
+                (torch.stack(minimised).sum() / parted).backward()
+                for name, loss in losses.items():
+                    means[name] = means.get(name, 0.0) + float(loss.detach()) / parted
             share, flags = optimizer.step(group, run.share, run.step, word)
         code = int(flags)
-        run.advance(share, {name: float(loss.detach()) for name, loss in losses.items()})
+        run.advance(share, means)
         if code:
             with optimizer.whole() as whole:
                 look_and_save(run, whole, optimizer, code, heldout, promotion)

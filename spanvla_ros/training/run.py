@@ -67,6 +67,7 @@ class Run:
         self._summed = 0
         self._interrupted = False
         self.refused = ''
+        self._rows = settings.batch * settings.accumulate
         self._bar: tqdm[Any] | None = None
         self._writer: Any = None
         if group.leads:
@@ -118,7 +119,7 @@ class Run:
             self._bar.n = min(share, 1.0)
             rate = (self.step - self._first_step) / max(time.monotonic() - self._started, 1e-3)
             self._bar.set_postfix_str(
-                f'step {self.step}, {rate * self.settings.batch:.1f} rows/s, '
+                f'step {self.step}, {rate * self._rows:.1f} rows/s, '
                 + ', '.join(f'{k} {v:.3f}' for k, v in losses.items()),
                 refresh=False,
             )
@@ -134,7 +135,7 @@ class Run:
             'stage': self.stage,
             'step': self.step,
             'minutes': round(self.elapsed_s / 60.0, 2),
-            'rows_per_s': round(rate * self.settings.batch, 1),
+            'rows_per_s': round(rate * self._rows, 1),
             **{f'loss_{k}': round(v / self._summed, 4) for k, v in self._sums.items()},
             **{name: round(value, 3) for name, value in metrics.items()},
         }
@@ -174,7 +175,7 @@ class Run:
         done: dict[str, Any] = {
             'stage': self.stage,
             'steps': self.step,
-            'rows': self.step * self.settings.batch,
+            'rows': self.step * self._rows,
             'minutes': round(elapsed_s / 60.0, 2),
             'settings': asdict(self.settings),
         }

@@ -36,7 +36,8 @@ class TrainSettings:
     `model_config` names a YAML file like a model directory's `config.yaml`: cameras, horizon,
     bridge and widths of a model that this run starts, fresh or from a Hugging Face folder.
 
-    `batch` is the number of rows over all processes. Rates: warm-up, then cosine down to
+    `batch` is the number of rows over all processes; a step takes the mean gradient of
+    `accumulate` batches, one after the other. Rates: warm-up, then cosine down to
     `final_rate` of `learning_rate`; `vision_rate` scales the vision tower's.
 
     `model` changes the configuration of the model that is trained; in a file and in overrides its
@@ -64,10 +65,10 @@ class TrainSettings:
     whose label is not among `labels` never: supervised stages must not learn negatives.
 
     GRPO: `group` answers a row of `rollout_policy` (`tokens` at `temperature`, `flow` with
-    `flow_noise`, or `plan` with deviations of `plan_along_m` and `plan_across_m` at 4 s), `updates`
-    steps a batch (clipped by `ratio_clip` if more than one), `kl` to the reference, adapters of
-    `lora_rank`. An advantage is in units of the deviation of its group's rewards, or where it is
-    above zero of `advantage_unit`. Each `reward_NAME` is the weight of a term of
+    `flow_noise`, or `plan` with deviations of `plan_along_m` and `plan_across_m` at 4 s),
+    `updates` steps a batch (clipped by `ratio_clip` if more than one), `kl` to the reference,
+    adapters of `lora_rank`. An advantage is in units of the deviation of its group's rewards, or
+    of `advantage_unit` where that is above zero. Each `reward_NAME` is the weight of a term of
     `rewards.REWARDS`; `reward_scale` multiplies their sum, `reward_radius_m` is where nearness to
     a negative or recovery ends.
     """
@@ -79,6 +80,7 @@ class TrainSettings:
     minutes: float = 0.0
     stop_after: int = 0
     batch: int = 16
+    accumulate: int = 1
     processes: int = 1
     threads: int = 1
     precision: str = 'fp32'
@@ -240,8 +242,8 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: time_sampler must be one of {", ".join(TIME_SAMPLERS)}')
     if min(settings.processes, settings.threads, settings.batch, settings.draws) < 1:
         raise SpanvlaError(f'{where}: processes, threads, batch and draws must be at least 1')
-    if min(settings.group, settings.updates) < 1:
-        raise SpanvlaError(f'{where}: group and updates must be at least 1')
+    if min(settings.group, settings.updates, settings.accumulate) < 1:
+        raise SpanvlaError(f'{where}: group, updates and accumulate must be at least 1')
     if min(settings.temperature, settings.reward_radius_m, settings.reward_scale) <= 0:
         raise SpanvlaError(f'{where}: temperature, reward_radius_m, reward_scale must be above 0')
     if settings.rollout_policy not in ROLLOUT_POLICIES:

@@ -9,9 +9,9 @@ sampling policy l_old:
     loss = mean_i mean_t -( rho A_i - beta k3 ),  rho = exp(l - l_old)
 
 With one update a batch rho is 1 and its gradient that of the policy; only with more is it
-clipped. The policy is the language model's answer (`rollout_policy: tokens`), the steps of the flow
-expert (`flow`) or slow changes around its plan (`plan`); all give log-probs `[N, steps]` and all
-else is the same. The reference is the model with its adapters off.
+clipped. The policy is the language model's answer (`rollout_policy: tokens`), the steps of the
+flow expert (`flow`) or slow changes around its plan (`plan`); all give log-probs `[N, steps]` and
+all else is the same. The reference is the model with its adapters off.
 
 The deviation of a group makes a matter of life and death count no more than a shade of progress:
 all groups push alike, and a policy learns to drive faster everywhere at the cost of a crash now
@@ -219,7 +219,7 @@ def _tokens(
 def _flow(
     policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
 ) -> tuple[list[Rollout], LogProbs, Tensor]:
-    prefix, valid = _bridged(policy, batch, settings)
+    prefix, valid = bridged(policy, batch, settings)
     chains = flow_policy.sample_chains(
         policy, prefix, valid, batch.ego, settings.group, settings.flow_noise, generator
     )
@@ -237,7 +237,7 @@ def _flow(
 def _plan(
     policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
 ) -> tuple[list[Rollout], LogProbs, Tensor]:
-    prefix, valid = _bridged(policy, batch, settings)
+    prefix, valid = bridged(policy, batch, settings)
     with torch.no_grad():
         plan = plan_policy.flow_plan(policy, prefix, valid, batch.ego)
     along_m, across_m = settings.plan_along_m, settings.plan_across_m
@@ -254,7 +254,7 @@ def _plan(
     return rollouts, log_probs, chosen
 
 
-def _bridged(policy: Policy, batch: Batch, settings: TrainSettings) -> tuple[Prefix, Tensor]:
+def bridged(policy: Policy, batch: Batch, settings: TrainSettings) -> tuple[Prefix, Tensor]:
     """What the expert attends to: K/V of the frozen backbone, and which slots of them."""
     valid = slots(policy, batch, settings)
     if batch.prefix is not None:
