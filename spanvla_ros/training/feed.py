@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,12 @@ class Feed(Dataset[Step]):
         drawn = self._rows.at(step)
         indices = self._usable[drawn]
         if self._cached is not None:
-            return Step(self._cached.at(drawn), indices, seed)
+            batch = self._cached.at(drawn)
+            if self._answers == 'none':
+                # What has no answer to learn from learns from scores.
+                rows = tuple(self._shards.rows(indices, pictures=False))
+                batch = replace(batch, rows=rows)
+            return Step(batch, indices, seed)
         rows = self._shards.rows(indices)
         batch = make_batch(rows, self._policy, self._settings, rng, self._answers)
         return Step(batch, indices, seed)

@@ -1,9 +1,10 @@
 """Training the expert on K/V cached from the frozen backbone.
 
-The backbone is nine tenths of a step of the action-expert stage, and with it frozen its K/V of a
-row are the same every time, but for the noise on its inputs. So a number of rows are prefilled
-once, each with one draw of that noise, for all layers, and stored; every run on the same backbone
-and rows, whatever its head, interval, source or time sampler, reads them from there.
+The backbone is nine tenths of a step of the action-expert stage, and most of what is not scoring
+where the flow is reinforced; with it frozen its K/V of a row are the same every time, but for the
+noise on its inputs. So a number of rows are prefilled once, each with one draw of that noise, for
+all layers, and stored; every run on the same backbone and rows, whatever its stage, head,
+interval, source or time sampler, reads them from there.
 
 The price is less augmentation: a row that comes again comes with the same noise on its prompt
 (flow times and noise of the flow are drawn anew). K/V are stored in fp16.
@@ -178,8 +179,9 @@ def _make(
 
 
 def _without_images(batch: Batch) -> Batch:
+    # Rows hold scoring rows, which are read again where they are needed.
     images = batch.images[:, :0].clone()
-    return replace(batch, images=images, rows=(), observations=(), kept={})
+    return replace(batch, images=images, rows=(), kept={})
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
@@ -194,9 +196,11 @@ def _joined(batches: Sequence[Batch]) -> Batch:
                 for tensor in tensors
             ]
         parts[name] = torch.cat(tensors)
-    return Batch(**parts)
+    seen = tuple(one for batch in batches for one in batch.observations)
+    return Batch(**parts, observations=seen)
 
 
 def _picked(batch: Batch, chosen: torch.Tensor) -> Batch:
     picked: dict[str, Any] = {name: one[chosen] for name, one in batch.tensors().items()}
-    return Batch(**picked)
+    seen = tuple(batch.observations[row] for row in chosen.tolist())
+    return Batch(**picked, observations=seen)

@@ -7,6 +7,7 @@ length is given in steps.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -82,10 +83,15 @@ def train(
             'train grpo: answers of different lengths would leave processes waiting for each '
             "other's weights; use sharding=none, for adapters need little room"
         )
-    if settings.cache and stage != 'action-expert':
+    flow = stage == 'grpo' and settings.rollout_policy != 'tokens'
+    if settings.cache and not flow and stage != 'action-expert':
         raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
     shards = ShardSet(settings.data)
-    policy = with_adapters(start_policy(settings, init), settings)
+    policy = start_policy(settings, init)
+    if settings.lora_rank and not flow:
+        targets = tuple(settings.lora_targets.split())
+        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, targets)
+        attach_adapters(policy.backbone.network, lora, settings.seed)
     earlier = [] if init is None or is_network_folder(init) else trained_before(init)
     if resume:
         earlier = earlier[:-1]
@@ -104,25 +110,30 @@ def train(
     promotion = _promotion(group, stage, settings)
     if settings.compiled:
         compile_vision(policy)
-    steps = Feed(module.ANSWERS, shards, policy, settings, group).steps(run.step)
+    parted = settings.accumulate
+    steps = Feed(module.ANSWERS, shards, policy, settings, group).steps(run.step * parted)
     half = settings.precision == 'bf16'
     code = 0
     while not code & STOP:
-        step = next(steps)
-        generator = torch.Generator().manual_seed(step.seed)
-        batch = step.batch.to(device)
+        taken = list(itertools.islice(steps, parted))
+        batches = [step.batch.to(device) for step in taken]
+        generators = [torch.Generator().manual_seed(step.seed) for step in taken]
         word = run.next_word()
         for _ in range(settings.updates):
             optimizer.zero()
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                losses = optimizer.losses(module.losses, batch, settings, generator)
-            check_losses(losses, run.step, shards, step.indices)
-            # What has no gradient is only reported.
-            minimised = [loss for loss in losses.values() if loss.requires_grad]
-            torch.stack(minimised).sum().backward()
+            means: dict[str, float] = {}
+            for step, batch, generator in zip(taken, batches, generators, strict=True):
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    losses = optimizer.losses(module.losses, batch, settings, generator)
+                check_losses(losses, run.step, shards, step.indices)
+                # What has no gradient is only reported.
+                minimised = [loss for loss in losses.values() if loss.requires_grad]
+                (torch.stack(minimised).sum() / parted).backward()
+                for name, loss in losses.items():
+                    means[name] = means.get(name, 0.0) + float(loss.detach()) / parted
             share, flags = optimizer.step(group, run.share, run.step, word)
         code = int(flags)
-        run.advance(share, {name: float(loss.detach()) for name, loss in losses.items()})
+        run.advance(share, means)
         if code:
             with optimizer.whole() as whole:
                 look_and_save(run, whole, optimizer, code, heldout, promotion)
@@ -172,15 +183,6 @@ def prepare_device(settings: TrainSettings, group: Group) -> torch.device:
     device = torch.device('cuda', group.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def with_adapters(policy: Policy, settings: TrainSettings) -> Policy:
-    """The policy, with LoRA adapters on its backbone if they are asked for."""
-    if settings.lora_rank:
-        targets = tuple(settings.lora_targets.split())
-        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, targets)
-        attach_adapters(policy.backbone.network, lora, settings.seed)
-    return policy
 
 
 def _promotion(group: Group, stage: str, settings: TrainSettings) -> Promotion | None:

@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from spanvla_ros.model.backbone.adapters import merged, save_adapters
+from spanvla_ros.model.backbone.adapters import adapter_layers, merged, save_adapters
 from spanvla_ros.model.checkpoint import swap_directory, write_tensors, write_text
 from spanvla_ros.model.policy import Policy, save_policy
 from spanvla_ros.training.lint import Finding
@@ -67,6 +67,7 @@ class Run:
         self._summed = 0
         self._interrupted = False
         self.refused = ''
+        self._rows = settings.batch * settings.accumulate
         self._bar: tqdm[Any] | None = None
         self._writer: Any = None
         if group.leads:
@@ -118,7 +119,7 @@ class Run:
             self._bar.n = min(share, 1.0)
             rate = (self.step - self._first_step) / max(time.monotonic() - self._started, 1e-3)
             self._bar.set_postfix_str(
-                f'step {self.step}, {rate * self.settings.batch:.1f} rows/s, '
+                f'step {self.step}, {rate * self._rows:.1f} rows/s, '
                 + ', '.join(f'{k} {v:.3f}' for k, v in losses.items()),
                 refresh=False,
             )
@@ -134,7 +135,7 @@ class Run:
             'stage': self.stage,
             'step': self.step,
             'minutes': round(self.elapsed_s / 60.0, 2),
-            'rows_per_s': round(rate * self.settings.batch, 1),
+            'rows_per_s': round(rate * self._rows, 1),
             **{f'loss_{k}': round(v / self._summed, 4) for k, v in self._sums.items()},
             **{name: round(value, 3) for name, value in metrics.items()},
         }
@@ -174,7 +175,7 @@ class Run:
         done: dict[str, Any] = {
             'stage': self.stage,
             'steps': self.step,
-            'rows': self.step * self.settings.batch,
+            'rows': self.step * self._rows,
             'minutes': round(elapsed_s / 60.0, 2),
             'settings': asdict(self.settings),
         }
@@ -195,7 +196,7 @@ class Run:
         about = {'stage': self.stage, 'step': self.step, 'elapsed_s': elapsed_s}
         write_text(building / 'state.json', json.dumps(about) + '\n')
         swap_directory(building, self.out / STATE_DIR)
-        if self.settings.lora_rank:
+        if adapter_layers(policy.backbone.network):
             save_adapters(policy.backbone.network, self.out / ADAPTERS_DIR)
 
     def close(self) -> None:

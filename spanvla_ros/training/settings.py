@@ -13,7 +13,7 @@ import yaml
 from spanvla_ros.model.config import typed_settings
 from spanvla_ros.types import SpanvlaError
 
-ROLLOUT_POLICIES = ('tokens', 'flow')
+ROLLOUT_POLICIES = ('tokens', 'flow', 'plan')
 LABELS = ('positive', 'negative', 'recovery')
 PRECISIONS = ('fp32', 'bf16')
 DEVICES = ('cpu', 'cuda')
@@ -36,7 +36,8 @@ class TrainSettings:
     `model_config` names a YAML file like a model directory's `config.yaml`: cameras, horizon,
     bridge and widths of a model that this run starts, fresh or from a Hugging Face folder.
 
-    `batch` is the number of rows over all processes. Rates: warm-up, then cosine down to
+    `batch` is the number of rows over all processes; a step takes the mean gradient of
+    `accumulate` batches, one after the other. Rates: warm-up, then cosine down to
     `final_rate` of `learning_rate`; `vision_rate` scales the vision tower's.
 
     `model` changes the configuration of the model that is trained; in a file and in overrides its
@@ -44,8 +45,8 @@ class TrainSettings:
     keeps its backbone and starts from a fresh expert; with `fresh_expert` so does an unchanged
     one.
 
-    `cache` names a folder for the K/V of `cache_rows` rows (0 takes all), for the action-expert
-    stage on a frozen backbone: `training.kv_cache`.
+    `cache` names a folder for the K/V of `cache_rows` rows (0 takes all), for what trains the
+    expert alone, action-expert and grpo on the flow: `training.kv_cache`.
 
     `lora_rank` above zero trains low-rank adapters on `lora_targets` of the language model in
     place of the backbone's own weights; with `lora_embeddings` the token vectors train along,
@@ -63,9 +64,11 @@ class TrainSettings:
     Rows are drawn with weight 1 + the three class weights where the row has the class; those
     whose label is not among `labels` never: supervised stages must not learn negatives.
 
-    GRPO: `group` answers a row of `rollout_policy` (`tokens` or `flow`) at `temperature` or with
-    `flow_noise`, `updates` steps a batch (clipped by `ratio_clip` if more than one), `kl` to the
-    reference, adapters of `lora_rank`. Each `reward_NAME` is the weight of a term of
+    GRPO: `group` answers a row of `rollout_policy` (`tokens` at `temperature`, `flow` with
+    `flow_noise`, or `plan` with deviations of `plan_along_m` and `plan_across_m` at 4 s),
+    `updates` steps a batch (clipped by `ratio_clip` if more than one), `kl` to the reference,
+    adapters of `lora_rank`. An advantage is in units of the deviation of its group's rewards, or
+    of `advantage_unit` where that is above zero. Each `reward_NAME` is the weight of a term of
     `rewards.REWARDS`; `reward_scale` multiplies their sum, `reward_radius_m` is where nearness to
     a negative or recovery ends.
     """
@@ -77,6 +80,7 @@ class TrainSettings:
     minutes: float = 0.0
     stop_after: int = 0
     batch: int = 16
+    accumulate: int = 1
     processes: int = 1
     threads: int = 1
     precision: str = 'fp32'
@@ -128,6 +132,9 @@ class TrainSettings:
     kl: float = 0.04
     temperature: float = 1.0
     flow_noise: float = 0.3
+    plan_along_m: float = 1.5
+    plan_across_m: float = 0.3
+    advantage_unit: float = 0.0
     reward_scale: float = 10.0
     reward_pdms: float = 0.0
     reward_epdms: float = 1.0
@@ -238,8 +245,8 @@ def _check_ranges(settings: TrainSettings, where: str) -> None:
         raise SpanvlaError(f'{where}: time_sampler must be one of {", ".join(TIME_SAMPLERS)}')
     if min(settings.processes, settings.threads, settings.batch, settings.draws) < 1:
         raise SpanvlaError(f'{where}: processes, threads, batch and draws must be at least 1')
-    if min(settings.group, settings.updates) < 1:
-        raise SpanvlaError(f'{where}: group and updates must be at least 1')
+    if min(settings.group, settings.updates, settings.accumulate) < 1:
+        raise SpanvlaError(f'{where}: group, updates and accumulate must be at least 1')
     if min(settings.temperature, settings.reward_radius_m, settings.reward_scale) <= 0:
         raise SpanvlaError(f'{where}: temperature, reward_radius_m, reward_scale must be above 0')
     if settings.rollout_policy not in ROLLOUT_POLICIES:

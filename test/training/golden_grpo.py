@@ -1,4 +1,4 @@
-"""Writes the golden loss curve of GRPO: python test/training/golden_grpo.py."""
+"""Writes the golden loss curves of GRPO: python test/training/golden_grpo.py."""
 
 from __future__ import annotations
 
@@ -26,32 +26,36 @@ from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages import grpo
 
 FILE = Path(__file__).parents[1] / 'data/golden/grpo_losses.json'
-STEPS = 12
+STEPS = {'tokens': 12, 'plan': 50}
 SETTINGS = TrainSettings(
-    batch=2, group=4, lora_rank=8, steps=STEPS, learning_rate=1e-3, warmup_steps=2,
+    batch=2, group=4, lora_rank=8, learning_rate=1e-3, warmup_steps=2,
     camera_drop=0.0, history_drop=0.0, route_drop=0.0, slot_empty=1.0, slot_foreign=0.0,
 )  # fmt: skip
 
 
-def curve(folder: Path) -> list[dict[str, float]]:
+def curve(folder: Path, kind: str) -> list[dict[str, float]]:
     """Losses of some steps on random rows with a scene of the town as their scoring row."""
+    steps, settings = STEPS[kind], replace(SETTINGS, rollout_policy=kind)
     write_shards(folder / 'plain', 40, 0)
     policy = new_policy(ModelConfig(), seed=0)
     fit_targets(policy, ShardSet(folder / 'plain'))
     save_policy(policy, folder / 'init', {})
     policy = load_policy(folder / 'init')
     scoring = pack_scene(labelled_scene(sample_snapshots('turns', 7, 3)[1]))
-    attach_adapters(policy.backbone.network, LoraSettings(SETTINGS.lora_rank), SETTINGS.seed)
-    optimizer = Optimizer(policy, grpo.parts(policy, SETTINGS), SETTINGS)
-    rows = [replace(row, scoring=scoring) for row in random_rows(2 * STEPS, 0)]
+    attach_adapters(policy.backbone.network, LoraSettings(settings.lora_rank), settings.seed)
+    optimizer = Optimizer(policy, grpo.parts(policy, settings), settings)
+    # An untrained expert gives no velocity at all, and its blocks would learn nothing.
+    drawn = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(policy.expert.velocity.weight, 0.0, 0.02, generator=drawn)
+    rows = [replace(row, scoring=scoring) for row in random_rows(2 * steps, 0)]
     found = []
-    for step in range(STEPS):
+    for step in range(steps):
         rng = np.random.default_rng(step)
-        batch = make_batch(rows[2 * step : 2 * step + 2], policy, SETTINGS, rng)
+        batch = make_batch(rows[2 * step : 2 * step + 2], policy, settings, rng)
         optimizer.zero()
-        losses = grpo.losses(policy, batch, SETTINGS, torch.Generator().manual_seed(step))
+        losses = grpo.losses(policy, batch, settings, torch.Generator().manual_seed(step))
         (losses['policy'] + losses['kl']).backward()
-        optimizer.step(Group(0, 1), step / STEPS, step, (0.0, 0.0))
+        optimizer.step(Group(0, 1), step / steps, step, (0.0, 0.0))
         wanted = ('policy', 'kl', 'reward', 'slow_rate')
         found.append({name: round(float(losses[name].detach()), 6) for name in wanted})
     return found
@@ -60,6 +64,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 if __name__ == '__main__':
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     with tempfile.TemporaryDirectory() as place:
-        content = {'torch': torch.__version__.split('+')[0], 'curve': curve(Path(place))}
+        curves = {kind: curve(Path(place) / kind, kind) for kind in STEPS}
+    content = {'torch': torch.__version__.split('+')[0], **curves}
     FILE.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
     sys.stderr.write(f'{FILE}\n')

@@ -21,8 +21,10 @@ from spanvla_ros.training.batches import make_batch  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet  # noqa: E402
 from spanvla_ros.training.kv_cache import NOISE_SEED, open_cache  # noqa: E402
 from spanvla_ros.training.loop import fit_targets  # noqa: E402
+from spanvla_ros.training.plan_policy import flow_plan  # noqa: E402
 from spanvla_ros.training.settings import TrainSettings, load_settings  # noqa: E402
-from spanvla_ros.training.stages import action_expert  # noqa: E402
+from spanvla_ros.training.stages import action_expert, grpo  # noqa: E402
+from spanvla_ros.training.stages.sft import bridge, run_backbone, slots  # noqa: E402
 from spanvla_ros.types import SpanvlaError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +76,27 @@ def test_losses_on_cached_kv_are_those_of_the_backbone(policy, shards, tmp_path,
 def _flow_loss(policy, batch):
     draw = torch.Generator().manual_seed(5)
     return float(action_expert.losses(policy, batch, SETTINGS, draw)['flow'])
+
+
+@torch.no_grad()
+def test_plans_on_cached_kv_are_those_of_the_backbone(policy, shards, tmp_path):
+    rows, changed = ShardSet(shards), spoken(policy)
+    fit_targets(changed, rows)
+    chosen = np.arange(6)
+    cached = open_cache(tmp_path / 'kv', changed, rows, chosen, SETTINGS).at(chosen[::-1].copy())
+    rng = np.random.default_rng([NOISE_SEED, 0])
+    plain = make_batch(rows.rows(chosen), changed, SETTINGS, rng, 'reasoning')
+    prefix, _, prompt = run_backbone(changed, plain, SETTINGS, changed.backbone.bridged)
+    prefix, seen = (
+        bridge(changed, prefix, plain, prompt, detach=True),
+        slots(changed, plain, SETTINGS),
+    )
+    theirs = flow_plan(changed, prefix, seen, plain.ego).flip(0)
+    ours = flow_plan(changed, *grpo.bridged(changed, cached, SETTINGS), cached.ego)
+    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0.0)
+    assert (ours - ours.flip(0)).abs().max() > 0.1
+    pasts = [one.history for one in cached.observations]
+    np.testing.assert_array_equal(pasts, [one.history for one in plain.observations[::-1]])
 
 
 def test_one_cache_serves_heads_intervals_and_sources_but_no_other_backbone(

@@ -14,6 +14,7 @@ pytest.importorskip('transformers')
 from random_rows import TEXT, random_rows, write_shards  # noqa: E402
 
 from spanvla_ros import cli  # noqa: E402
+from spanvla_ros.model.checkpoint import read_tensors  # noqa: E402
 from spanvla_ros.model.config import ModelConfig  # noqa: E402
 from spanvla_ros.model.policy import load_policy, new_policy  # noqa: E402
 from spanvla_ros.training.batches import make_batch  # noqa: E402
@@ -73,6 +74,24 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_ends(shards, tmp_p
         assert ours == theirs
     notes = json.loads((tmp_path / 'broken/model/manifest.json').read_text())
     assert [stage['steps'] for stage in notes['training']['stages']] == [4]
+
+
+def test_two_batches_a_step_are_one_of_twice_the_rows(shards, tmp_path, capfd):
+    halves = ('camera_drop=0', 'batch=2', 'accumulate=2', 'steps=2')
+    assert train('knowledge', tmp_path / 'whole', shards, 'camera_drop=0', 'steps=2') == 0
+    assert train('knowledge', tmp_path / 'parts', shards, *halves) == 0
+    assert train('knowledge', tmp_path / 'broken', shards, *halves, 'stop_after=1') == 0
+    assert train('knowledge', tmp_path / 'broken', shards, *halves, resume=True) == 0
+    whole, parts, broken = (
+        (tmp_path / run / 'state/weights.safetensors') for run in ('whole', 'parts', 'broken')
+    )
+    assert parts.read_bytes() == broken.read_bytes()
+    ours, theirs, start = read_tensors(parts), read_tensors(whole), new_policy(ModelConfig(), 0)
+    moved = {n for n, p in start.named_parameters() if np.any(theirs[n] != p.detach().numpy())}
+    assert len(moved) > 10
+    for name in moved:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=2e-5, err_msg=name)
+    capfd.readouterr()
 
 
 def test_the_stages_follow_one_another(shards, tmp_path, capfd):

@@ -192,9 +192,11 @@ class ShardSet:
                 f'{", ".join(wanted)}; draw scenes with --model'
             )
 
-    def rows(self, indices: Sequence[int] | np.ndarray) -> list[TrainingRow]:
-        """The rows of these numbers, in this order, pictures decoded."""
-        return [self._row(int(index)) for index in indices]
+    def rows(
+        self, indices: Sequence[int] | np.ndarray, *, pictures: bool = True
+    ) -> list[TrainingRow]:
+        """The rows of these numbers, in this order, with or without their pictures."""
+        return [self._row(int(index), pictures=pictures) for index in indices]
 
     def presence(self, indices: Sequence[int] | np.ndarray) -> Bool[np.ndarray, 'n tokens 7']:
         """Class bits of visual tokens alone, without decoding a picture."""
@@ -220,10 +222,10 @@ class ShardSet:
         at = bisect_right(self._end, index)
         return self._shards[at], index - (self._end[at - 1] if at else 0)
 
-    def _row(self, index: int) -> TrainingRow:
+    def _row(self, index: int, *, pictures: bool) -> TrainingRow:
         shard, row = self._place(index)
         try:
-            return shard.row(row)
+            return shard.row(row, pictures=pictures)
         except (ValueError, TypeError, KeyError) as error:
             raise SpanvlaError(
                 f'{shard.file} row {row}: cannot be read ({error}); draw the shard again'
@@ -302,10 +304,10 @@ class _Shard:
         data: bytes | None = self._scoring[row].as_py()
         return data or b''
 
-    def row(self, row: int) -> TrainingRow:
+    def row(self, row: int, *, pictures: bool) -> TrainingRow:
         seen = Observation(
             stamp_ns=int(self._stamps[row]),
-            frames=self._frames(row),
+            frames=self._frames(row) if pictures else (),
             ego=EgoState(int(self._ego_stamps[row]), *self.numbers['ego'][row].tolist()),
             history=self.numbers['history'][row].reshape(-1, 3).copy(),
             history_valid=self.numbers['history_valid'][row].astype(bool),

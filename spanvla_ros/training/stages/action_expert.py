@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from spanvla_ros.model.action_heads import AnswerHead, head_of
-from spanvla_ros.model.backbone import Prefix
 from spanvla_ros.model.policy import Policy
 from spanvla_ros.training.batches import Batch
 from spanvla_ros.training.objectives import expert_losses, picture_loss
 from spanvla_ros.training.settings import TrainSettings
-from spanvla_ros.training.stages.sft import bridge, run_backbone, slots
+from spanvla_ros.training.stages.sft import bridge, run_backbone, slots, stored
 from spanvla_ros.types import SpanvlaError
 
 ANSWERS = 'reasoning'
@@ -37,8 +36,7 @@ def losses(
     """The weighted losses of one batch by name; their sum is minimised."""
     valid = slots(policy, batch, settings)
     if batch.prefix is not None:
-        length = valid.shape[1]
-        cached = Prefix(batch.prefix.keys[..., :length, :], batch.prefix.values[..., :length, :])
+        cached = stored(batch.prefix, valid)
         return expert_losses(policy, cached, valid, batch, settings, generator)
     with torch.set_grad_enabled(settings.end_to_end):
         prefix, embeds, prompt = run_backbone(policy, batch, settings, policy.backbone.bridged)

@@ -4,20 +4,24 @@ Papers: SpanVLA 3.5, AutoVLA 3.4 (group-normalised advantage, k3 KL to the SFT m
 For answers i = 1..G to a scene, with token log-probs l, those of the reference l_ref and of the
 sampling policy l_old:
 
-    A_i  = (r_i - mean r) / (std r + 1e-4)
+    A_i  = (r_i - mean r) / (std r + 1e-4), or / advantage_unit where that is set
     k3   = exp(l_ref - l) - (l_ref - l) - 1
     loss = mean_i mean_t -( rho A_i - beta k3 ),  rho = exp(l - l_old)
 
 With one update a batch rho is 1 and its gradient that of the policy; only with more is it
-clipped. The policy is the language model's answer (`rollout_policy: tokens`) or the flow expert
-(`flow`); both give log-probs `[N, steps]` and all else is the same. The reference is the model
-with its adapters off.
+clipped. The policy is the language model's answer (`rollout_policy: tokens`), the steps of the
+flow expert (`flow`) or slow changes around its plan (`plan`); all give log-probs `[N, steps]` and
+all else is the same. The reference is the model with its adapters off.
+
+The deviation of a group makes a matter of life and death count no more than a shade of progress:
+all groups push alike, and a policy learns to drive faster everywhere at the cost of a crash now
+and then. With `advantage_unit` what is at stake counts, and the mean reward is what rises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,11 +35,11 @@ from spanvla_ros.model.backbone.adapters import (
     attach_adapters,
 )
 from spanvla_ros.model.policy import Policy
-from spanvla_ros.training import flow_policy, token_policy
+from spanvla_ros.training import flow_policy, plan_policy, token_policy
 from spanvla_ros.training.batches import Batch
 from spanvla_ros.training.rewards import REWARDS, Asked, GroupReward, Rollout, group_rewards
 from spanvla_ros.training.settings import TrainSettings
-from spanvla_ros.training.stages.sft import bridge, slots
+from spanvla_ros.training.stages.sft import bridge, run_backbone, slots, stored
 from spanvla_ros.types import SpanvlaError
 
 ANSWERS = 'none'
@@ -49,13 +53,14 @@ LogProbs = Callable[[], Tensor]
 class Group:
     """What was sampled for a batch, kept while it is learnt from.
 
-    `log_probs` gives those of the present policy, with gradient; `old` and `reference` are those
-    at sampling; `chosen [N, steps]` marks the steps that were choices.
+    `log_probs` gives those of the present policy, with gradient; `old` are those at sampling, None
+    until they are first asked for; `reference` is None where `kl` is 0; `chosen [N, steps]` marks
+    the steps that were choices.
     """
 
     log_probs: LogProbs
-    old: Tensor
-    reference: Tensor
+    old: Tensor | None
+    reference: Tensor | None
     chosen: Tensor
     advantage: Tensor
     report: dict[str, float]
@@ -83,9 +88,13 @@ def losses(
     if 'group' not in batch.kept:
         batch.kept['group'] = sample_group(policy, batch, settings, generator)
     group: Group = batch.kept['group']
+    now = group.log_probs()
+    if group.old is None:
+        group = batch.kept['group'] = replace(group, old=now.detach())
+    reference = now.detach() if group.reference is None else group.reference
     clip = settings.ratio_clip if settings.updates > 1 else 0.0
     gain, divergence, clipped = grpo_terms(
-        group.log_probs(), group.old, group.reference, group.advantage, group.chosen, clip
+        now, group.old, reference, group.advantage, group.chosen, clip
     )
     report = {name: torch.tensor(value) for name, value in group.report.items()}
     return {'policy': -gain, 'kl': settings.kl * divergence, 'clipped': clipped, **report}
@@ -126,10 +135,12 @@ def grpo_terms(
     return means[0], means[1], means[2].detach()
 
 
-def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Rewards `[B, G]` less their group's mean, in units of its deviation; 0 where all agree."""
-    spread = rewards.std(axis=1, keepdims=True)
-    return (rewards - rewards.mean(axis=1, keepdims=True)) / (spread + LEAST_SPREAD)
+def advantages(rewards: np.ndarray, unit: float = 0.0) -> np.ndarray:
+    """Rewards `[B, G]` less their group's mean, in units of its deviation or of `unit`."""
+    above = rewards - rewards.mean(axis=1, keepdims=True)
+    if unit:
+        return above / unit
+    return above / (rewards.std(axis=1, keepdims=True) + LEAST_SPREAD)
 
 
 def sample_group(
@@ -142,14 +153,13 @@ def sample_group(
     groups = [rollouts[at * size : (at + 1) * size] for at in range(len(asked))]
     rewards = group_rewards(asked, groups, settings)
     totals = np.stack([reward.total for reward in rewards])
-    with torch.no_grad():
-        old = log_probs()
-        with adapters_off(policy):
+    reference = None
+    if settings.kl:
+        with torch.no_grad(), adapters_off(policy):
             reference = log_probs()
-    advantage = torch.from_numpy(advantages(totals).astype(np.float32)).flatten()
-    advantage = advantage.to(policy.device)
-    report = describe(rewards, rollouts)
-    return Group(log_probs, old, reference, chosen, advantage, report)
+    found = advantages(totals, settings.advantage_unit).astype(np.float32)
+    advantage = torch.from_numpy(found).flatten().to(policy.device)
+    return Group(log_probs, None, reference, chosen, advantage, describe(rewards, rollouts))
 
 
 def sample_rollouts(
@@ -162,7 +172,7 @@ def sample_rollouts(
 def _sampled(
     policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
 ) -> tuple[list[Rollout], LogProbs, Tensor]:
-    sampled = _flow if settings.rollout_policy == 'flow' else _tokens
+    sampled = {'tokens': _tokens, 'flow': _flow, 'plan': _plan}[settings.rollout_policy]
     return sampled(policy, batch, settings, generator)
 
 
@@ -209,11 +219,7 @@ def _tokens(
 def _flow(
     policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
 ) -> tuple[list[Rollout], LogProbs, Tensor]:
-    with torch.no_grad():
-        embeds = None if settings.blind else policy.look(batch.images)
-        prefix = policy.backbone.prefill(batch.ids, embeds, batch.valid, policy.backbone.bridged)
-    prefix = bridge(policy, prefix, batch, batch.ids.shape[1], detach=True)
-    valid = slots(policy, batch, settings)
+    prefix, valid = bridged(policy, batch, settings)
     chains = flow_policy.sample_chains(
         policy, prefix, valid, batch.ego, settings.group, settings.flow_noise, generator
     )
@@ -226,3 +232,33 @@ def _flow(
     rollouts = flow_policy.to_rollouts(policy, batch, chains)
     chosen = torch.ones(len(rollouts), policy.config.steps, device=policy.device)
     return rollouts, log_probs, chosen
+
+
+def _plan(
+    policy: Policy, batch: Batch, settings: TrainSettings, generator: torch.Generator
+) -> tuple[list[Rollout], LogProbs, Tensor]:
+    prefix, valid = bridged(policy, batch, settings)
+    with torch.no_grad():
+        plan = plan_policy.flow_plan(policy, prefix, valid, batch.ego)
+    along_m, across_m = settings.plan_along_m, settings.plan_across_m
+    around = plan_policy.sample_around(
+        policy, batch, plan, settings.group, along_m, across_m, generator
+    )
+
+    def log_probs() -> Tensor:
+        now = plan_policy.flow_plan(policy, prefix, valid, batch.ego)
+        return plan_policy.around_log_probs(around, now)
+
+    rollouts = plan_policy.to_rollouts(around)
+    chosen = torch.ones(len(rollouts), around.coefficients.shape[-1], device=policy.device)
+    return rollouts, log_probs, chosen
+
+
+def bridged(policy: Policy, batch: Batch, settings: TrainSettings) -> tuple[Prefix, Tensor]:
+    """What the expert attends to: K/V of the frozen backbone, and which slots of them."""
+    valid = slots(policy, batch, settings)
+    if batch.prefix is not None:
+        return stored(batch.prefix, valid), valid
+    with torch.no_grad():
+        prefix, _, prompt = run_backbone(policy, batch, settings, policy.backbone.bridged)
+    return bridge(policy, prefix, batch, prompt, detach=True), valid

@@ -96,6 +96,12 @@ def bridge(policy: Policy, prefix: Prefix, batch: Batch, prompt: int, *, detach:
     return Prefix(keys.detach(), values.detach()) if detach else Prefix(keys, values)
 
 
+def stored(prefix: Prefix, valid: Tensor) -> Prefix:
+    """K/V of a cache as far as these rows reach."""
+    length = valid.shape[1]
+    return Prefix(prefix.keys[..., :length, :], prefix.values[..., :length, :])
+
+
 def slots(policy: Policy, batch: Batch, settings: TrainSettings) -> Tensor:
     """Which slots of prompt and answer the expert may attend to."""
     prompt = batch.valid[:, policy.backbone.text_places] if settings.blind else batch.valid
