@@ -139,6 +139,7 @@ class PlannerSettings:
             'onnxruntime-cuda',
             'onnxruntime-tensorrt',
             'torch',
+            'torch-cuda',
             'tensorrt',
         ),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from rclpy.serialization import deserialize_message, serialize_message
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
-from spanvla_ros.messages import read_trajectory, trajectory_of_table
+from spanvla_ros.messages import MessageError, read_trajectory, trajectory_of_table
 from spanvla_ros.ros.cdr import HEAD_BYTES, is_little_endian, number_at, string_at
 from spanvla_ros.types import Trajectory
 
@@ -73,7 +73,12 @@ def trajectory_of_bytes(data: bytes) -> Trajectory:
     """
     found = rows_of(data)
     if found is None:
-        return read_trajectory(deserialize_message(data, MultiDOFJointTrajectory))
+        try:
+            message = deserialize_message(data, MultiDOFJointTrajectory)
+        except Exception as error:
+            # The middleware names no type of its own for bytes it cannot read.
+            raise MessageError(f'trajectory: its bytes are no message ({error})') from error
+        return read_trajectory(message)
     rows, frame_id = found
     sec, nanosec = struct.unpack_from('<iI', data, HEAD_BYTES)
     time_s = rows['sec'] + rows['nanosec'] * 1e-9

@@ -240,8 +240,15 @@ class EngineStore:
 
     @contextmanager
     def _locked(self, key: EngineKey, timeout_s: float) -> Iterator[None]:
-        self.folder.mkdir(exist_ok=True)
         place = self.folder / f'.{key.file_name}.lock'
+        try:
+            self.folder.mkdir(exist_ok=True)
+            place.touch()
+        except OSError as error:
+            raise SpanvlaError(
+                f'{self.folder}: {error.strerror}; engines are kept in the model directory, '
+                'let it be written'
+            ) from error
         until = time.monotonic() + timeout_s
         # The file stays: removing it would let two processes hold two locks of one name.
         with place.open('a') as file:

@@ -113,3 +113,9 @@ def test_no_cut_of_the_bytes_is_a_table():
     data = bytes(serialize_message(TrajectoryMessage().fill(output('odom', 1))))
     for length in range(len(data)):
         assert rows_of(data[:length]) is None
+
+
+@pytest.mark.parametrize('data', [b'', b'\x00\x01\x00\x00', bytes(range(40))])
+def test_bytes_that_are_no_message_are_refused(data):
+    with pytest.raises(MessageError, match='no message'):
+        trajectory_of_bytes(data)
