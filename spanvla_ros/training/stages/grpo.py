@@ -89,12 +89,12 @@ def losses(
         batch.kept['group'] = sample_group(policy, batch, settings, generator)
     group: Group = batch.kept['group']
     now = group.log_probs()
-    if group.old is None:
-        group = batch.kept['group'] = replace(group, old=now.detach())
+    old = now.detach() if group.old is None else group.old
+    batch.kept['group'] = replace(group, old=old)
     reference = now.detach() if group.reference is None else group.reference
     clip = settings.ratio_clip if settings.updates > 1 else 0.0
     gain, divergence, clipped = grpo_terms(
-        now, group.old, reference, group.advantage, group.chosen, clip
+        now, old, reference, group.advantage, group.chosen, clip
     )
     report = {name: torch.tensor(value) for name, value in group.report.items()}
     return {'policy': -gain, 'kl': settings.kl * divergence, 'clipped': clipped, **report}
