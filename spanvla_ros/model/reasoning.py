@@ -186,6 +186,7 @@ def _explains(component: Component, decision: Decision) -> bool:
     return (component.kind, component.behaviour) == ('lead vehicle', 'steady')
 
 
+_COMPONENT = re.compile(rf'\b({"|".join(KINDS)}) (\d+) m ({"|".join(BEHAVIOURS)})\b')
 _DECISION = re.compile(
     rf'\b({"|".join(LONGITUDINAL)})\s*,\s*({"|".join(LATERAL)})\b',
 )
@@ -195,6 +196,17 @@ def parse_decision(text: str) -> Decision | None:
     """The decision named in a reasoning text, or None where it holds none."""
     found = _DECISION.search(text)
     return Decision(found.group(1), found.group(2)) if found else None
+
+
+def parse_components(text: str) -> tuple[Component, ...]:
+    """The components a reasoning text lists, in its order."""
+    listed = _COMPONENT.findall(text.partition(';')[0])
+    return tuple(Component(kind, float(meters), does) for kind, meters, does in listed)
+
+
+def retold(text: str, decision: Decision) -> str:
+    """The reasoning of the same components with another decision, and the cause of that one."""
+    return write_reasoning(parse_components(text), decision)
 
 
 def agreement(

@@ -22,13 +22,12 @@ from spanvla_ros.training import token_policy
 from spanvla_ros.training.batches import Batch, make_batch
 from spanvla_ros.training.contestants import is_blind
 from spanvla_ros.training.data.shards import ShardSet
-from spanvla_ros.training.heldout import expert_plans
+from spanvla_ros.training.heldout import LIKELIEST, expert_plans
 from spanvla_ros.training.run import model_dir_of
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages.sft import run_backbone
 
 CHUNK = 64
-LIKELIEST = 1e-3
 
 
 @dataclass(frozen=True)

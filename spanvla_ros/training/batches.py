@@ -111,7 +111,7 @@ def make_batch(
     encoded = [policy.layout.encode(seen) for seen in observations]
     seen_share = settings.answer_seen if rng is not None else 0.0
     chosen = np.zeros(len(rows), bool) if rng is None else rng.random(len(rows)) < seen_share
-    answer, text_weight, action_weight = _answers(rows, policy, answers, chosen)
+    answer, text_weight, action_weight = encode_answers(rows, policy, answers, chosen)
     return Batch(
         images=torch.from_numpy(np.stack([_pictures(seen, policy) for seen in present])),
         ids=torch.from_numpy(np.stack([ids for ids, _ in encoded])),
@@ -176,7 +176,7 @@ def _actions(rows: Sequence[TrainingRow], policy: Policy) -> np.ndarray:
     return np.stack([policy.codebook.encode(row.sample.future) for row in rows])
 
 
-def _answers(
+def encode_answers(
     rows: Sequence[TrainingRow], policy: Policy, kind: str, thought: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, text marks, action marks, each `[B, A]`; A = 0 for kind `none`.

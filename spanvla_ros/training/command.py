@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     if not settings.data:
         raise SpanvlaError(f'{options.config}: data names no shards; add --set data=DIR')
     init = options.init
-    if options.stage in ('action-expert', 'grpo') and init is None and not options.resume:
+    if options.stage in ('action-expert', 'grpo', 'words') and init is None and not options.resume:
         raise SpanvlaError(f'train {options.stage}: needs a trained model; add --init DIR')
     out: Path = options.out
     if group is None or group.leads:

@@ -10,13 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spanvla_ros.geometry import local_from_world
 from spanvla_ros.model.action_heads import AnswerError, AnswerHead, head_of
+from spanvla_ros.model.backbone import Prefix
 from spanvla_ros.model.flow import source_path
 from spanvla_ros.model.policy import Policy
+from spanvla_ros.model.reasoning import agreement
 from spanvla_ros.runtime.planner import Planner
+from spanvla_ros.runtime.settling import settled
 from spanvla_ros.runtime.torch_ import TorchBackend
+from spanvla_ros.training import token_policy
 from spanvla_ros.training.batches import Batch, make_batch, without_pictures
 from spanvla_ros.training.data.shards import FACTS, PRESENT_CLASSES, ShardSet
 from spanvla_ros.training.parallel import Group
@@ -25,6 +30,8 @@ from spanvla_ros.training.stages.sft import bridge, run_backbone, slots
 from spanvla_ros.types import Observation
 
 CHUNK = 24
+# A temperature at which the likeliest token is drawn.
+LIKELIEST = 1e-3
 REACTION_MPS = 1.0
 REACTION_TIME_S = 3.0
 SHOWN_CLASSES = range(3, 7)
@@ -108,6 +115,26 @@ class HeldOut:
         return found
 
     @torch.no_grad()
+    def speaking(self, policy: Policy) -> dict[str, float]:
+        """Share of texts that agree with the plan of their picture, and of moments with a text."""
+        counts = torch.zeros(3)
+        times_s = policy.config.times_s
+        for batch in self.batches:
+            embeds = None if self.settings.blind else policy.look(batch.images)
+            prompt = policy.backbone.prefill(batch.ids, embeds, batch.valid)
+            answers = token_policy.sample_answers(
+                policy, prompt, batch.valid, 1, LIKELIEST, torch.Generator().manual_seed(0)
+            )
+            said = token_policy.to_rollouts(policy, answers)
+            driven = driven_plans(policy, prompt, batch)
+            for rollout, poses, seen in zip(said, driven, batch.observations, strict=True):
+                agrees = agreement(rollout.text, times_s, poses, seen.ego.speed_mps, seen.command)
+                counts += torch.tensor([agrees is True, agrees is not None, bool(rollout.text)])
+        self.group.sum(counts)
+        right, judged, slow = counts.tolist()
+        return {'agreement': right / max(judged, 1.0), 'slow': slow / len(self.futures)}
+
+    @torch.no_grad()
     def seeing(self, policy: Policy) -> dict[str, float]:
         """F1 of rare classes per token, error of facts, over all processes."""
         counts = torch.zeros(3, len(PRESENT_CLASSES), device=policy.device)
@@ -142,13 +169,34 @@ def expert_plans(
     policy: Policy, batch: Batch, settings: TrainSettings, steps: int | None = None
 ) -> np.ndarray:
     """Poses `[B, T, 3]` in `base_link` by an expert head for a batch made for evaluation."""
-    config = policy.config
     prefix, _, prompt = run_backbone(policy, batch, settings, policy.backbone.bridged)
     bridged = bridge(policy, prefix, batch, prompt, detach=True)
+    return plans_on(policy, bridged, batch, slots(policy, batch, settings), steps)
+
+
+def plans_on(
+    policy: Policy, bridged: Prefix, batch: Batch, valid: Tensor, steps: int | None = None
+) -> np.ndarray:
+    """Poses `[B, T, 3]` in `base_link` by an expert head, on K/V that are there already."""
+    config = policy.config
     sources = np.stack(
         [source_path(config.source, seen, config.times_s) for seen in batch.observations]
     )
-    return policy.plan(bridged, batch.ego, slots(policy, batch, settings), sources, steps)
+    return policy.plan(bridged, batch.ego, valid, sources, steps)
+
+
+@torch.no_grad()
+def driven_plans(policy: Policy, prompt: Prefix, batch: Batch) -> np.ndarray:
+    """The plans `[B, T, 3]` that would be driven, given K/V of all layers over the prompts."""
+    layers = list(policy.backbone.bridged)
+    bridged = Prefix(prompt.keys[layers].detach(), prompt.values[layers].detach())
+    planned = plans_on(policy, bridged, batch, batch.valid)
+    return np.stack(
+        [
+            settled(poses, policy.config.times_s, seen.ego.speed_mps)
+            for poses, seen in zip(planned, batch.observations, strict=True)
+        ]
+    )
 
 
 def count_presence(counts: torch.Tensor, presence: torch.Tensor, batch: Batch) -> None:

@@ -54,7 +54,7 @@ from spanvla_ros.training.run import (
 )
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.sharding import AnyOptimizer, make_optimizer, recompute_blocks
-from spanvla_ros.training.stages import action_expert, grpo, knowledge, sft
+from spanvla_ros.training.stages import action_expert, grpo, knowledge, sft, words
 from spanvla_ros.types import SpanvlaError
 
 STAGES: dict[str, ModuleType] = {
@@ -62,7 +62,10 @@ STAGES: dict[str, ModuleType] = {
     'sft': sft,
     'action-expert': action_expert,
     'grpo': grpo,
+    'words': words,
 }
+# What is measured on held-out rows, where it is not the plans.
+LOOKS = {'knowledge': HeldOut.seeing, 'words': HeldOut.speaking}
 FIT_ROWS = 2000
 LEAST_STD = (0.05, 0.05, 0.005)
 
@@ -155,8 +158,8 @@ def look_and_save(
 ) -> None:
     """Measure, report and save as the first process says."""
     if heldout is not None and code & EVALUATE:
-        measure = heldout.seeing if run.stage == 'knowledge' else heldout.driving
-        run.report(measure(policy))
+        measure = LOOKS.get(run.stage, HeldOut.driving)
+        run.report(measure(heldout, policy))
     elif code & EVALUATE:
         run.report({})
     if code & SAVE:

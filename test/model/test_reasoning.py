@@ -16,7 +16,9 @@ from spanvla_ros.model.reasoning import (
     agreement,
     meta_action,
     mirrored,
+    parse_components,
     parse_decision,
+    retold,
     write_reasoning,
 )
 
@@ -124,6 +126,20 @@ def test_nearest_components_come_first_and_the_cause_explains():
     )
     assert write_reasoning([], Decision('maintain', 'keep lane')) == (
         'road clear ; maintain , keep lane ; because road clear'
+    )
+
+
+@given(st.lists(components, max_size=6), decisions, decisions)
+def test_a_retold_reasoning_is_the_one_written_for_that_decision(seen, decision, other):
+    assert retold(write_reasoning(seen, other), decision) == write_reasoning(seen, decision)
+
+
+def test_components_are_read_back_and_the_cause_is_not_one_of_them():
+    text = 'lead vehicle 15 m braking ; decelerate , keep lane ; because lead vehicle 9 m ahead'
+    assert parse_components(text) == (Component('lead vehicle', 15.0, 'braking'),)
+    assert parse_components('road clear ; maintain , keep lane ; because road clear') == ()
+    assert retold(text, Decision('accelerate', 'turn left')) == (
+        'lead vehicle 15 m braking ; accelerate , turn left ; because road clear'
     )
 
 
