@@ -11,9 +11,9 @@ pytest.importorskip('transformers', reason='transformers is not installed')
 from pathlib import Path  # noqa: E402
 
 from spanvla_ros import cli  # noqa: E402
+from spanvla_ros.model.policy import save_policy  # noqa: E402
 from spanvla_ros.training import table  # noqa: E402
 from spanvla_ros.training.batch_plans import Entry, plan_entry  # noqa: E402
-from spanvla_ros.model.policy import save_policy  # noqa: E402
 from spanvla_ros.training.contestants import Contestant, open_planner  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet  # noqa: E402
 from spanvla_ros.training.loop import start_policy  # noqa: E402

@@ -131,9 +131,7 @@ def lags_s(config: ModelConfig) -> list[float]:
     return lags
 
 
-def views(
-    config: ModelConfig, snapshot: Snapshot
-) -> list[tuple[World, Float64[np.ndarray, '3']]]:
+def views(config: ModelConfig, snapshot: Snapshot) -> list[tuple[World, Float64[np.ndarray, '3']]]:
     """World and pose of each picture of a camera, the oldest first.
 
     The earlier ones are taken from the past that the model is told, so that pictures and odometry
