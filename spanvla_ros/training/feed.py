@@ -88,8 +88,8 @@ class Feed(Dataset[Step]):
             batch = self._cached.at(drawn)
             if self._answers == 'none':
                 # What has no answer to learn from learns from scores.
-                rows = tuple(self._shards.rows(indices, frames=0))
-                batch = replace(batch, rows=rows)
+                bare = self._shards.rows(indices, frames=0)
+                batch = replace(batch, rows=tuple(bare))
             return Step(batch, indices, seed)
         rows = self._shards.rows(indices, self._policy.config.frames_per_camera)
         batch = make_batch(rows, self._policy, self._settings, rng, self._answers)
