@@ -28,6 +28,7 @@ SWEEPS = (
     ('steps', 'a frame by Euler steps', ''),
     ('pictures', 'a frame by visual tokens in all', 'tokens'),
     ('cameras', 'a frame by cameras', ''),
+    ('frames', 'a frame by pictures of each camera', ''),
 )
 SIZED = 'spanvla_ros.runtime.torch_bench', 'run_size_bench', True
 

@@ -72,6 +72,7 @@ from spanvla_ros.types import SpanvlaError
 EXPERT_FILE = 'expert.safetensors'
 HEADS_FILE = 'training_heads.safetensors'
 ANSWER_ACTIONS = 10
+PICTURE_SETTINGS = ('frames_per_camera', 'frame_lag_s', 'prompt_tokens')
 
 
 class Policy(nn.Module):
@@ -151,17 +152,24 @@ def new_policy(config: ModelConfig, seed: int = 0) -> Policy:
         return Policy(config, PromptLayout(config, tokenizer), network)
 
 
-def with_config(policy: Policy, config: ModelConfig, seed: int = 0) -> Policy:
-    """The same backbone under another configuration, with a fresh expert.
+def with_config(
+    policy: Policy, config: ModelConfig, seed: int = 0, *, fresh_expert: bool = False
+) -> Policy:
+    """The same backbone under another configuration.
 
-    What was read off the data is kept as far as it still means the same.
+    The expert is fresh, or on `fresh_expert`, but where nothing other than the number of pictures
+    changes: then no weight has another shape or sense, and it is kept. What was read off the data
+    is kept as far as it still means the same, training heads where they still fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layout = PromptLayout(config, policy.layout.tokenizer)
         changed = Policy(config, layout, policy.backbone.network)
-    changed.heads.load_state_dict(policy.heads.state_dict())
+    _copy_known(changed.heads, _arrays(policy.heads, np.float32))
     before = policy.config
+    pictures = {name: getattr(config, name) for name in PICTURE_SETTINGS}
+    if not fresh_expert and replace(before, **pictures) == config:
+        changed.expert.load_state_dict(policy.expert.state_dict())
     same_points = (before.waypoints, before.horizon_s) == (config.waypoints, config.horizon_s)
     if same_points and before.action_tokens == config.action_tokens:
         changed.codebook = policy.codebook
@@ -244,7 +252,7 @@ def load_policy(model_dir: str | Path) -> Policy:
         policy = Policy(config, layout, load_network(folder / BACKBONE_DIR))
     _fill(policy.expert, folder / EXPERT_FILE)
     if HEADS_FILE in directory.files:
-        _fill_known(policy.heads, folder / HEADS_FILE)
+        _copy_known(policy.heads, read_tensors(folder / HEADS_FILE))
     if NORMALIZATION_FILE in directory.files:
         policy.normalization = load_normalization(folder, config)
     if CODEBOOK_FILE in directory.files:
@@ -319,9 +327,8 @@ def _fill(module: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def _fill_known(module: nn.Module, path: Path) -> None:
+def _copy_known(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Fill what still has its name and shape; heads may change between two stages."""
-    tensors = read_tensors(path)
     for name, parameter in module.named_parameters():
         if name in tensors and tensors[name].shape == tuple(parameter.shape):
             parameter.copy_(torch.from_numpy(tensors[name].astype(np.float32)))

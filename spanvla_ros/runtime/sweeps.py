@@ -1,4 +1,4 @@
-"""`spanvla bench --only sweeps`: how a frame grows with steps, precision, pictures and cameras.
+"""`spanvla bench --only sweeps`: a frame by steps, precision, pictures, cameras and frames.
 
 Steps and precision are those of the model. For other pictures and cameras the graphs of a model
 of the same sizes are exported with random weights, since times do not depend on what weights say;
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spanvla_ros.model.checkpoint import ModelDirectory, load_model_dir, shipped_model_dir
-from spanvla_ros.model.config import CameraSpec, ModelConfig, with_settings
+from spanvla_ros.model.config import ModelConfig, with_settings
 from spanvla_ros.model.prompt import load_tokenizer, prompt_length
 from spanvla_ros.runtime.backend import open_backend
 from spanvla_ros.runtime.precision import GPU_ONLY
@@ -35,6 +35,7 @@ from spanvla_ros.types import SpanvlaError
 
 STEPS = (1, 2, 5, 10)
 CAMERAS = (1, 3, 6)
+FRAMES = (1, 2, 4)
 # Width in pixels; the height is half of it. Multiples of a visual token and of a window.
 WIDTHS_PX = (112, 224, 336, 448)
 YAWS_DEG = (0.0, 55.0, -55.0, 110.0, -110.0, 180.0)
@@ -54,6 +55,7 @@ def run_sweeps_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, An
     base = own['fp32']
     pictures = [_with_pictures(directory, width) for width in WIDTHS_PX]
     cameras = [_with_cameras(directory, count) for count in CAMERAS]
+    frames = [_with_frames(directory, count) for count in FRAMES]
     summary = {
         **circumstances(directory, repeats),
         'sweeps': {
@@ -65,8 +67,12 @@ def run_sweeps_bench(out_dir: Path, options: argparse.Namespace) -> dict[str, An
             'cameras': [
                 _point(len(c.cameras), c, random_stages(c, ceiling, repeats)) for c in cameras
             ],
+            'frames': [
+                _point(c.frames_per_camera, c, random_stages(c, ceiling, repeats)) for c in frames
+            ],
         },
         'how': 'One thread, CPU time, median; a frame is every picture, a prefill and the steps. '
+        'On board an earlier picture of a camera was encoded when it was new; here all are. '
         'Eight-bit graphs are computed between fp32 products on a CPU, and fp16 operator by '
         'operator: their times say nothing of a GPU.',
     }
@@ -128,7 +134,7 @@ def _with_pictures(directory: ModelDirectory, width_px: int) -> ModelConfig:
         replace(camera, width_px=width_px, height_px=width_px // 2)
         for camera in directory.config.cameras
     )
-    return _fitted(directory, cameras)
+    return _fitted(directory, cameras=cameras)
 
 
 def _with_cameras(directory: ModelDirectory, count: int) -> ModelConfig:
@@ -136,11 +142,15 @@ def _with_cameras(directory: ModelDirectory, count: int) -> ModelConfig:
     cameras = tuple(
         replace(first, name=f'camera_{index}', yaw_deg=YAWS_DEG[index]) for index in range(count)
     )
-    return _fitted(directory, cameras)
+    return _fitted(directory, cameras=cameras)
 
 
-def _fitted(directory: ModelDirectory, cameras: tuple[CameraSpec, ...]) -> ModelConfig:
-    config = replace(directory.config, cameras=cameras)
+def _with_frames(directory: ModelDirectory, count: int) -> ModelConfig:
+    return _fitted(directory, frames_per_camera=count)
+
+
+def _fitted(directory: ModelDirectory, **changes: Any) -> ModelConfig:
+    config = replace(directory.config, **changes)
     length = prompt_length(config, load_tokenizer(directory.path))
     return with_settings(config, prompt_tokens=length)
 

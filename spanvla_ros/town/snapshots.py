@@ -7,7 +7,10 @@ the braking would teach it to copy instead of to look.
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -29,6 +32,7 @@ from spanvla_ros.town.traffic import World
 from spanvla_ros.types import EgoState, Scene, SceneAgent
 
 HISTORY_S = (-1.5, -1.0, -0.5)
+TICK_S = 0.1
 STRIDE_S = 0.3
 PAIR_SPEED_MPS = 1.0
 FACTS = 14
@@ -36,12 +40,17 @@ PAIR_KINDS = ('lead', 'light', 'pedestrian')
 NEW_PAIR_KINDS = tuple(kind for kind in HAZARDS.values() if kind not in PAIR_KINDS)
 WIDE_OFFSET_M, WIDE_HEADING_SD_RAD = 1.5, 0.05
 
+Past = TypeVar('Past')
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """One labelled moment: the world at it (an own copy), the past, and the reference's plan.
 
-    `history` holds poses `[3, 3]` in `base_link` at -1.5, -1.0 and -0.5 s.
+    `history` holds poses `[3, 3]` in `base_link` at -1.5, -1.0 and -0.5 s. `earlier` are copies of
+    the world at these times, for the pictures taken there from those poses: what others did is
+    what they did, wherever the ego is told to have been. Moments of a driver's own drive, and
+    those after a mistake, have none.
     """
 
     world: World
@@ -49,6 +58,7 @@ class Snapshot:
     history: Float64[np.ndarray, '3 3']
     plan: ReferencePlan
     consistent_history: bool = False
+    earlier: tuple[World, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class _Moment:
     world: World
     past: Float64[np.ndarray, '3 3']
     weight: float
+    earlier: tuple[World, ...]
 
 
 def sample_snapshots(
@@ -102,11 +113,13 @@ def _drive_through(world: World, rng: np.random.Generator) -> list[_Moment]:
     track = [world.state.pose]
     moments = []
     world = world.clone()
+    lately = deque([world.clone()], maxlen=1 - round(HISTORY_S[0] / TICK_S))
     while world.ego_s_m < world.around.goal_m and world.time_s < limit_s:
         plan = reference_plan(world)
-        past = _past(track)
-        moments.append(_Moment(world.clone(), past, moment_weight(world, plan)))
-        steps = round(STRIDE_S / 0.1)
+        past = local_from_world(track[-1], np.array(_at_history(track)))
+        earlier = tuple(_at_history(lately))
+        moments.append(_Moment(world.clone(), past, moment_weight(world, plan), earlier))
+        steps = round(STRIDE_S / TICK_S)
         start = world.state
         if start.speed_mps < 0.05 and plan.speeds_mps[9] < 0.05 and rng.random() < 0.5:
             steps *= 2
@@ -129,14 +142,13 @@ def _drive_through(world: World, rng: np.random.Generator) -> list[_Moment]:
             world.place_ego(state)
             world.advance(0.1)
             track.append(state.pose)
+            lately.append(world.clone())
     return moments
 
 
-def _past(track: list[Float64[np.ndarray, '3']]) -> Float64[np.ndarray, '3 3']:
-    """Poses at the history's times; before the first, the ego stood still there."""
-    now = track[-1]
-    past = [track[max(len(track) - 1 + round(t * 10), 0)] for t in HISTORY_S]
-    return local_from_world(now, np.array(past))
+def _at_history(track: Sequence[Past]) -> list[Past]:
+    """What stood in a track at the history's times; before its first, all stood still."""
+    return [track[max(len(track) - 1 + round(t / TICK_S), 0)] for t in HISTORY_S]
 
 
 def moment_weight(world: World, plan: ReferencePlan) -> float:
@@ -223,7 +235,9 @@ def perturbed(
     _heed_signs(world, consistent=bool(consistent))
     if world.mirror:
         history = history * [1.0, -1.0, -1.0]
-    return Snapshot(world, world.ego, history, reference_plan(world), bool(consistent))
+    return Snapshot(
+        world, world.ego, history, reference_plan(world), bool(consistent), moment.earlier
+    )
 
 
 def _heed_signs(world: World, *, consistent: bool) -> None:
@@ -341,7 +355,8 @@ def hazard_pairs(
                 continue
             present = perturbed(moment, rng, replace(ranges, consistent_history_share=0.0))
             twin = present.world.without_hazard(kind)
-            absent = replace(present, world=twin, plan=reference_plan(twin))
+            before = tuple(earlier.without_hazard(kind) for earlier in present.earlier)
+            absent = replace(present, world=twin, plan=reference_plan(twin), earlier=before)
             slower = absent.plan.speeds_mps[29] - present.plan.speeds_mps[29]
             if slower > PAIR_SPEED_MPS:
                 found.append(HazardPair(kind, present, absent))
@@ -370,6 +385,7 @@ def mirrored(snapshot: Snapshot) -> Snapshot:
         ego=world.ego,
         history=snapshot.history * [1.0, -1.0, -1.0],
         plan=reference_plan(world),
+        earlier=tuple(earlier.mirrored() for earlier in snapshot.earlier),
     )
 
 

@@ -50,7 +50,7 @@ def record_inputs(directory: ModelDirectory, scenes: Path, rows: int = ROWS) -> 
         )
         for schedule in ('off', 'sequential')
     ]
-    for row in shards.rows(chosen):
+    for row in shards.rows(chosen, config.frames_per_camera):
         for planner in planners:
             planner.reset()
             try:

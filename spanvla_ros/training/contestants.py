@@ -101,8 +101,8 @@ def open_scenes(path: Path) -> ShardSet:
 def do_plans(job: PlanJob) -> Float64[np.ndarray, 'n t 3']:
     """Plans in `base_link` for the rows of a job."""
     planner = open_planner(job.contestant)
-    rows = open_scenes(job.scenes).rows(job.indices)
     config = planner.config
+    rows = open_scenes(job.scenes).rows(job.indices, config.frames_per_camera)
     if not job.mirrored:
         return plan_rows(planner, config, rows)
     seen = (mirrored_observation(row.sample.observation, config.cameras) for row in rows)

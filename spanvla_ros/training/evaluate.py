@@ -159,7 +159,7 @@ def evaluate(wanted: Evaluation) -> Content:
     loops = {MODEL: _planned(wanted, wanted.model, shards, chosen)}
     if wanted.twin is not None:
         loops[TWIN] = _planned(wanted, wanted.twin, shards, chosen)
-    alone = ~_paired(loops[MODEL])
+    alone, frames = ~_paired(loops[MODEL]), config.frames_per_camera
     every = {name: loop.chosen(alone) for name, loop in loops.items()}
     every |= _simple_drivers(shards, chosen[alone], config)
     tables = _scored(wanted, shards, chosen[alone], every)
@@ -170,9 +170,11 @@ def evaluate(wanted: Evaluation) -> Content:
         'hazard_pairs': {name: _nested(open_loop.pair_measures(x)) for name, x in loops.items()},
         'mirror': _mirror(wanted, shards, loops[MODEL]),
         'bridge': _nested(
-            swapped_layers(wanted.model, shards.rows(_spread(shards, chosen, SWAPPED_ROWS)))
+            swapped_layers(
+                wanted.model, shards.rows(_spread(shards, chosen, SWAPPED_ROWS), frames)
+            )
         ),
-        'words': _words(wanted, shards.rows(_spread(shards, chosen, SPOKEN_ROWS))),
+        'words': _words(wanted, shards.rows(_spread(shards, chosen, SPOKEN_ROWS), frames)),
     }
     if wanted.twin is not None:
         summary['open_loop_twin_minus_model'] = _flat(

@@ -88,10 +88,10 @@ class Feed(Dataset[Step]):
             batch = self._cached.at(drawn)
             if self._answers == 'none':
                 # What has no answer to learn from learns from scores.
-                scored = self._shards.rows(indices, pictures=False)
-                batch = replace(batch, rows=tuple(scored))
+                bare = self._shards.rows(indices, frames=0)
+                batch = replace(batch, rows=tuple(bare))
             return Step(batch, indices, seed)
-        rows = self._shards.rows(indices)
+        rows = self._shards.rows(indices, self._policy.config.frames_per_camera)
         batch = make_batch(rows, self._policy, self._settings, rng, self._answers)
         return Step(batch, indices, seed)
 

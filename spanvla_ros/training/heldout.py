@@ -50,7 +50,7 @@ class HeldOut:
         self.families = shards.families[chosen]
         self.futures = shards.futures[chosen]
         self.mine = np.arange(group.rank, len(chosen), group.size)
-        rows = shards.rows(chosen[self.mine])
+        rows = shards.rows(chosen[self.mine], policy.config.frames_per_camera)
         self.step_s = policy.config.horizon_s / policy.config.waypoints
         self.observations = [_unprompted(row.sample.observation, settings) for row in rows]
         chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]

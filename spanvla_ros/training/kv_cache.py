@@ -138,7 +138,7 @@ def _batches(
     """The rows as they are trained on, the noise of each chunk drawn from its own seed."""
     for start in range(0, len(rows), CHUNK):
         rng = np.random.default_rng([NOISE_SEED, start])
-        chosen = shards.rows(rows[start : start + CHUNK])
+        chosen = shards.rows(rows[start : start + CHUNK], policy.config.frames_per_camera)
         yield make_batch(chosen, policy, settings, rng, 'reasoning')
 
 

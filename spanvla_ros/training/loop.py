@@ -37,6 +37,7 @@ from spanvla_ros.model.policy import (
     policy_from_folder,
     with_config,
 )
+from spanvla_ros.model.prompt import prompt_length
 from spanvla_ros.training.data.shards import ShardSet
 from spanvla_ros.training.feed import Feed
 from spanvla_ros.training.heldout import HeldOut
@@ -218,10 +219,16 @@ def start_policy(settings: TrainSettings, init: Path | None) -> Policy:
     if is_network_folder(init):
         return policy_from_folder(init, config, settings.seed, **settings.model)
     policy = open_model(init)
-    config = with_settings(policy.config, **settings.model)
+    changes = dict(settings.model)
+    if changes.get('frames_per_camera', policy.config.frames_per_camera) != (
+        policy.config.frames_per_camera
+    ):
+        longer = with_settings(policy.config, **changes)
+        changes.setdefault('prompt_tokens', prompt_length(longer, policy.layout.tokenizer))
+    config = with_settings(policy.config, **changes)
     if config == policy.config and not settings.fresh_expert:
         return policy
-    return with_config(policy, config, settings.seed)
+    return with_config(policy, config, settings.seed, fresh_expert=settings.fresh_expert)
 
 
 def open_model(path: Path) -> Policy:

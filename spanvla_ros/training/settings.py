@@ -43,7 +43,8 @@ class TrainSettings:
     `model` changes the configuration of the model that is trained; in a file and in overrides its
     names stand beside the others (`head`, `interval`, `source`, `waypoints`, ...). A changed model
     keeps its backbone and starts from a fresh expert; with `fresh_expert` so does an unchanged
-    one.
+    one. Other `frames_per_camera` keep the expert, too, and make the prompt as long as it has to
+    be.
 
     `cache` names a folder for the K/V of `cache_rows` rows (0 takes all), for what trains the
     expert alone, action-expert and grpo on the flow: `training.kv_cache`.

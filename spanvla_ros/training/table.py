@@ -19,6 +19,7 @@ from spanvla_ros.model.checkpoint import write_text
 from spanvla_ros.training import open_loop
 from spanvla_ros.training.batch_plans import Entry, Plans, plan_entry
 from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.intervals import mean_of
 from spanvla_ros.training.open_loop import OpenLoop
 from spanvla_ros.training.plan_scores import score_differences, score_measures, score_plans
 from spanvla_ros.training.settings import DEVICES
@@ -26,6 +27,8 @@ from spanvla_ros.types import SpanvlaError
 
 PLANS_DIR, TABLE_FILE, PAGE_FILE = 'plans', 'table.json', 'table.md'
 SCORES = ('pdms', 'epdms')
+TOKENS = ('thought_tokens', 'action_tokens')
+DIGITS = {'ade_m': 2, 'fde_m': 2, 'answered': 3}
 ENTRY = re.compile(r'(?P<name>[\w.+-]+)=(?P<path>.+?)(:(?P<steps>\d+)|:(?P<tokens>tokens))?')
 
 
@@ -103,8 +106,9 @@ def opened(path: Path, entry: Entry, shards: ShardSet, rows: np.ndarray, device:
         temporary = path.with_name(f'.{path.stem}.part.npz')
         planned = made.planned.astype(np.float32)
         np.savez_compressed(
-            temporary, planned=planned, times_s=made.times_s, ids=ids, sha256=np.array(made.sha256)
-        )
+            temporary, planned=planned, times_s=made.times_s, ids=ids, tokens=made.tokens,
+            sha256=np.array(made.sha256),
+        )  # fmt: skip
         temporary.replace(path)
     with np.load(path, allow_pickle=False) as kept:
         if list(kept['ids']) != list(ids):
@@ -112,7 +116,9 @@ def opened(path: Path, entry: Entry, shards: ShardSet, rows: np.ndarray, device:
                 f'{path}: holds plans for other rows; delete it, or name another --out'
             )
         planned = kept['planned'].astype(np.float64)
-        return Plans(entry.name, planned, kept['times_s'], str(kept['sha256']))
+        # Plans kept by an earlier version do not say what was said.
+        tokens = kept['tokens'] if 'tokens' in kept else np.zeros((len(ids), 2), np.int64)
+        return Plans(entry.name, planned, kept['times_s'], str(kept['sha256']), tokens)
 
 
 def measure(
@@ -132,6 +138,8 @@ def measure(
     for line, loop in zip(lines, loops, strict=True):
         entry: dict[str, Any] = {'sha256': line.sha256}
         entry |= {name: one.content() for name, one in open_loop.measures(loop).items()}
+        for name, said in zip(TOKENS, line.tokens.T, strict=True):
+            entry[name] = mean_of(said, loop.drives).content()
         against = open_loop.differences(loops[0], loop)
         if tables:
             mine, first = tables[line.name], tables[lines[0].name]
@@ -168,15 +176,17 @@ def _loop(line: Plans, shards: ShardSet, rows: np.ndarray) -> OpenLoop:
 
 def as_markdown(table: dict[str, Any]) -> str:
     """The table as it may stand in a page."""
-    names = ('ade_m', 'fde_m', *SCORES)
+    columns = {'ade_m': 'ADE [m]', 'fde_m': 'FDE [m]', 'pdms': 'PDMS', 'epdms': 'EPDMS'}
+    if any(entry['action_tokens']['mean'] for entry in table['lines'].values()):
+        columns |= {'answered': 'answered', 'thought_tokens': 'words', 'action_tokens': 'action'}
+    paired = {name: f'{columns[name].split()[0]} minus first' for name in ('ade_m', *SCORES)}
     lines = [
-        '| model | ADE [m] | FDE [m] | PDMS | EPDMS | ADE minus first | PDMS minus first |',
-        '|---|---|---|---|---|---|---|',
+        f'| model | {" | ".join([*columns.values(), *paired.values()])} |',
+        '|---' * (1 + len(columns) + len(paired)) + '|',
     ]
     for name, entry in table['lines'].items():
-        against = entry['minus_first']
-        cells = [_cell(entry.get(one), 2 if one.endswith('_m') else 1) for one in names]
-        cells += [_cell(against.get('ade_m'), 2), _cell(against.get('pdms'), 1)]
+        cells = [_cell(entry.get(one), DIGITS.get(one, 1)) for one in columns]
+        cells += [_cell(entry['minus_first'].get(one), DIGITS.get(one, 1)) for one in paired]
         lines.append(f'| {name} | {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 

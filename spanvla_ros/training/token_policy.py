@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -237,6 +238,16 @@ def extend(
     for index, layer in enumerate(text.layers):
         x, _, _ = backbone.run_layer(layer, x, bias, cos, sin, keys[index], values[index])
     return functional.rms_norm(x, (x.shape[-1],), text.norm.weight, backbone.epsilon)
+
+
+def lengths(policy: Policy, answers: Answers) -> Int64[np.ndarray, 'n 2']:
+    """Tokens of each answer up to its action start, and behind it."""
+    there = answers.valid > 0
+    started = (answers.ids == policy.layout.action_start_id) & there
+    before = (started.cumsum(1) == 0) & there
+    thought = before.sum(1) + started.any(1)
+    found = torch.stack([thought, there.sum(1) - thought], 1)
+    return np.asarray(found.cpu().numpy(), dtype=np.int64)
 
 
 def to_rollouts(policy: Policy, answers: Answers) -> list[Rollout]:

@@ -32,6 +32,10 @@ def test_other_pictures_and_cameras_fit_their_prompt():
     one, six = (sweeps._with_cameras(directory, count) for count in (1, 6))
     assert len({camera.name for camera in six.cameras}) == 6
     assert six.prompt_tokens - one.prompt_tokens >= 5 * 32
+    four = sweeps._with_frames(directory, 4)
+    # Each more picture is 32 tokens, its camera's name and the two marks around it.
+    more = four.prompt_tokens - directory.config.prompt_tokens
+    assert (sweeps._tokens(four), more) == (4 * 96, 9 * (32 + 3))
 
 
 def test_the_page_draws_each_sweep_with_its_floor(tmp_path):
@@ -46,12 +50,13 @@ def test_the_page_draws_each_sweep_with_its_floor(tmp_path):
             'steps': points,
             'pictures': points,
             'cameras': points,
+            'frames': points,
             'precision': [sweeps._point('fp32', ModelConfig(), STAGES)],
         },
     }
     bench.write_sweeps_page(tmp_path / 'index.html', summary)
     page = (tmp_path / 'index.html').read_text()
-    assert page.count('class="chart"') == 6
+    assert page.count('class="chart"') == 8
     assert 'prefill_action floor' in page
     assert 'a &lt;processor&gt;' in page
     assert '5 tokens</text>' in page
@@ -62,10 +67,11 @@ def test_the_sweeps_run_on_the_shipped_model(tmp_path, monkeypatch):
     pytest.importorskip('onnxscript')
     monkeypatch.setattr(sweeps, 'WIDTHS_PX', (112,))
     monkeypatch.setattr(sweeps, 'CAMERAS', (1,))
+    monkeypatch.setattr(sweeps, 'FRAMES', (2,))
     arguments = ['bench', '--only', 'sweeps', '--repeats', '1', '--out', str(tmp_path)]
     assert cli.main(arguments) == 0
     summary = json.loads((tmp_path / 'summary.json').read_text())
-    assert set(summary['sweeps']) == {'steps', 'precision', 'pictures', 'cameras'}
+    assert set(summary['sweeps']) == {'steps', 'precision', 'pictures', 'cameras', 'frames'}
     for points in summary['sweeps'].values():
         for point in points:
             assert point['frame_cpu_ms'] > 0.5 * point['frame_floor_ms'] > 0

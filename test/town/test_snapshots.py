@@ -10,6 +10,7 @@ from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.elements import BRAKE, PEDESTRIAN, RED
 from spanvla_ros.town.scenarios import FAMILIES, Ranges
 from spanvla_ros.town.snapshots import (
+    HISTORY_S,
     NEW_PAIR_KINDS,
     PAIR_KINDS,
     facts,
@@ -118,6 +119,38 @@ def test_a_mirrored_moment_mirrors_its_parts() -> None:
         assert np.array_equal(twin.history, snapshot.history * [1.0, -1.0, -1.0])
         back = mirrored(twin)
         assert back.ego == snapshot.ego
+
+
+def test_earlier_worlds_are_those_the_drive_went_through() -> None:
+    # As it was driven: the past of the ego is its own, without noise.
+    ranges = replace(Ranges(), consistent_history_share=1.0, history_noise_sd_m=0.0)
+    ways = []
+    for snapshot in sample_snapshots('lead_vehicle', 3, 8, ranges):
+        now = snapshot.world
+        times = [world.time_s for world in snapshot.earlier]
+        assert np.allclose(times, np.maximum(now.time_s + np.array(HISTORY_S), 0.0))
+        places = np.array([world.state.pose[:2] for world in snapshot.earlier])
+        driven = np.linalg.norm(np.diff(places, axis=0), axis=1)
+        told = np.linalg.norm(np.diff(snapshot.history[:, :2], axis=0), axis=1)
+        assert np.allclose(driven, told, atol=1e-6)
+        leads = [
+            next(c.s_m for c in world.cars if c.name == 'car_lead')
+            for world in (*snapshot.earlier, now)
+        ]
+        assert (np.diff(leads) >= 0.0).all()
+        ways.append(leads[-1] - leads[0])
+    assert max(ways) > 3.0
+
+
+def test_what_is_taken_away_was_never_there_and_a_mirror_shows_the_past_too() -> None:
+    pair = hazard_pairs('pedestrian', 1, 1_000_000)[0]
+    for one, other in zip(pair.present.earlier, pair.absent.earlier, strict=True):
+        assert any(p.crosses for p in one.pedestrians)
+        assert not any(p.crosses for p in other.pedestrians)
+    twin = mirrored(pair.present)
+    for one, other in zip(pair.present.earlier, twin.earlier, strict=True):
+        flipped = [box.y_m for box in other.boxes()]
+        assert flipped == [-box.y_m for box in one.boxes()]
 
 
 def test_a_labelled_scene_holds_what_follows() -> None:

@@ -30,6 +30,7 @@ from spanvla_ros.town.lockstep import run_episode  # noqa: E402
 from spanvla_ros.town.scenarios import make_world  # noqa: E402
 from spanvla_ros.training.batches import make_batch  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet  # noqa: E402
+from spanvla_ros.training.heldout import expert_plans  # noqa: E402
 from spanvla_ros.training.loop import fit_targets, start_policy  # noqa: E402
 from spanvla_ros.training.objectives import EXPERT_LOSSES, draw_times, expert_losses  # noqa: E402
 from spanvla_ros.training.open_loop import plan_rows  # noqa: E402
@@ -135,6 +136,37 @@ def test_another_head_keeps_the_backbone_and_the_shipped_head_all_of_it(start, s
     other = headed(start, shards, 'flow', source='gaussian')
     assert other.normalization.source == 'gaussian'
     assert not np.array_equal(other.normalization.std, before.normalization.std)
+
+
+def test_more_pictures_keep_backbone_and_expert_and_lengthen_the_prompt(start, shards):
+    before = load_policy(start)
+    torch.nn.init.normal_(before.expert.velocity.weight)
+    save_policy(before, start.parent / 'taught', {'stages': []})
+    settings = TrainSettings(steps=1, model={'frames_per_camera': 2})
+    two = start_policy(settings, start.parent / 'taught')
+    weights = dict(two.named_parameters())
+    for name, weight in before.named_parameters():
+        # A training head knows each visual token by its place.
+        if not name.startswith('heads.attention.place'):
+            assert torch.equal(weights[name], weight), name
+    # One more picture of each camera: its 32 tokens, its camera's name, two marks.
+    assert two.config.prompt_tokens == before.config.prompt_tokens + 3 * 35
+    assert np.array_equal(two.normalization.std, before.normalization.std)
+    # It plans from rows of two pictures, and the older one is seen.
+    row = random_rows(1, 5)[0]
+    seen = row.sample.observation
+    dark = tuple((replace(f, image=np.zeros_like(f.image)), f) for (f,) in seen.frames)
+    twice = tuple((f, f) for (f,) in seen.frames)
+    rows = [
+        replace(row, sample=replace(row.sample, observation=replace(seen, frames=frames)))
+        for frames in (dark, twice)
+    ]
+    batch = make_batch(rows, two, TrainSettings(), None)
+    planned = expert_plans(two, batch, TrainSettings())
+    assert np.isfinite(planned).all()
+    assert np.abs(planned[0] - planned[1]).max() > 1e-6
+    fresh = start_policy(replace(settings, fresh_expert=True), start.parent / 'taught')
+    assert not fresh.expert.velocity.weight.any()
 
 
 @pytest.mark.parametrize('head', sorted(EXPERT_LOSSES))

@@ -114,7 +114,7 @@ def test_a_mirrored_observation_is_that_of_the_mirrored_world():
         images = renderer.draw(
             moment.world.ground(), moment.world.boxes(), moment.world.tint, moment.ego.pose
         )
-        return observe(CONFIG, moment, images)
+        return observe(CONFIG, moment, images[:, None])
 
     flipped = mirrored_observation(seen(snapshot), CONFIG.cameras)
     world = seen(mirrored(snapshot))
@@ -134,7 +134,7 @@ def test_a_mirrored_observation_is_that_of_the_mirrored_world():
 def test_cameras_without_a_counterpart_cannot_be_mirrored():
     snapshot = sample_snapshots('turns', 5, 1)[0]
     lone = tuple(replace(c, yaw_deg=c.yaw_deg + 5.0) for c in TOWN_CAMERAS)
-    blank = np.zeros((3, 112, 224, 3), np.uint8)
+    blank = np.zeros((3, 1, 112, 224, 3), np.uint8)
     with pytest.raises(ValueError, match='counterpart'):
         mirrored_observation(observe(CONFIG, snapshot, blank), lone)
 

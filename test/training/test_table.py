@@ -11,11 +11,14 @@ pytest.importorskip('transformers', reason='transformers is not installed')
 from pathlib import Path  # noqa: E402
 
 from spanvla_ros import cli  # noqa: E402
+from spanvla_ros.model.policy import save_policy  # noqa: E402
 from spanvla_ros.training import table  # noqa: E402
 from spanvla_ros.training.batch_plans import Entry, plan_entry  # noqa: E402
 from spanvla_ros.training.contestants import Contestant, open_planner  # noqa: E402
 from spanvla_ros.training.data.shards import ShardSet  # noqa: E402
+from spanvla_ros.training.loop import start_policy  # noqa: E402
 from spanvla_ros.training.open_loop import plan_rows  # noqa: E402
+from spanvla_ros.training.settings import TrainSettings  # noqa: E402
 from spanvla_ros.types import SpanvlaError  # noqa: E402
 
 TOWN = Path(__file__).parents[2] / 'models/town'
@@ -45,6 +48,25 @@ def test_tokens_of_the_answer_plan_too(scenes):
     error = np.linalg.norm(found.planned - shards.futures[rows], axis=-1)[..., 0]
     assert found.planned.shape == shards.futures[rows].shape
     assert np.nanmean(error) < 2.0
+    # An action a waypoint, and the end of the turn; before it at least the marks around nothing.
+    assert (found.tokens[:, 1] == 11).all()
+    assert (found.tokens[:, 0] >= 2).all()
+
+
+def test_an_answer_in_words_that_is_none_is_counted_and_no_plan(scenes, tmp_path, capsys):
+    # Words were never taught to be waypoints.
+    policy = start_policy(TrainSettings(steps=1, model={'head': 'text'}), TOWN)
+    save_policy(policy, tmp_path / 'text', {'stages': []})
+    words = ['table', f'five={TOWN}', f'text={tmp_path / "text"}', '--scenes', str(scenes)]
+    assert cli.main([*words, '--rows', '3', '--workers', '1', '--out', str(tmp_path)]) == 0
+    lines = json.loads((tmp_path / 'table.json').read_text())['lines']
+    assert lines['text']['answered']['mean'] == 0.0
+    assert lines['text']['ade_m']['mean'] is None
+    assert lines['text']['action_tokens']['mean'] >= 1.0
+    assert (lines['five']['answered']['mean'], lines['five']['action_tokens']['mean']) == (1.0, 0)
+    page = capsys.readouterr().out
+    assert '| answered | words | action |' in page
+    assert '| 0.000 [0.000, 0.000] |' in page
 
 
 def test_lines_are_paired_with_the_first_and_kept_plans_are_taken(scenes, tmp_path, capsys):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float64
 
 from spanvla_ros.geometry import interpolate_poses, world_from_local
 from spanvla_ros.model.config import ModelConfig
@@ -14,12 +15,13 @@ from spanvla_ros.model.reasoning import MAX_COMPONENTS, Component, write_reasoni
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.town.camera import Renderer
 from spanvla_ros.town.driver import STEP_S, ReferencePlan
-from spanvla_ros.town.snapshots import Snapshot, facts, labelled_scene
+from spanvla_ros.town.snapshots import HISTORY_S, Snapshot, facts, labelled_scene
+from spanvla_ros.town.traffic import World
 from spanvla_ros.training.data.labels import needs_thought, presence, visible_facts
 from spanvla_ros.training.data.mistakes import Mistake
 from spanvla_ros.training.data.scoring_rows import pack_scene
 from spanvla_ros.training.data.shards import TrainingRow
-from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample
+from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample, SpanvlaError
 
 START_NS = 1_000_000_000_000
 TEXT_AGE_S = (0.2, 2.0)
@@ -29,7 +31,7 @@ class RowMaker:
     """Turns snapshots into rows for one model's cameras, history and horizon."""
 
     def __init__(self, config: ModelConfig, *, scored: bool = False) -> None:
-        """Draw for the cameras of `config`, one frame each: a snapshot has no earlier pictures.
+        """Draw for the cameras of `config` and its frames, at times of the history (`lags_s`).
 
         With `scored` each row holds its scoring row.
         """
@@ -55,7 +57,10 @@ class RowMaker:
             pair_id: joins the rows of the same moment with and without its hazard.
         """
         images, classes = self.draw(snapshot)
-        shown = presence(classes)
+        shown = presence(classes.reshape(-1, *classes.shape[2:]))
+        # What an earlier picture showed need not be seen any more.
+        now = shown.reshape(*classes.shape[:2], -1, shown.shape[-1])[:, -1]
+        now = now.reshape(-1, shown.shape[-1])
         plan = snapshot.plan
         slow = needs_thought(plan.components, plan.decision)
         seen = observe(self.config, snapshot, images)
@@ -74,14 +79,20 @@ class RowMaker:
             thinking='slow' if slow else 'fast',
         )
         scoring = pack_scene(labelled_scene(snapshot)) if self.scored else b''
-        return TrainingRow(sample, shown, visible_facts(facts(snapshot.world), shown), scoring)
+        return TrainingRow(sample, shown, visible_facts(facts(snapshot.world), now), scoring)
 
     def draw(self, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures and classes of a snapshot, by camera."""
-        world = snapshot.world
-        return self.renderer.draw_both(
-            world.ground(), world.boxes(), world.tint, snapshot.ego.pose
-        )
+        """Pictures `[c, f, h, w, 3]` and classes of a snapshot by camera, frames oldest first.
+
+        Raises:
+            SpanvlaError: the snapshot has no earlier moments.
+        """
+        drawn = [
+            self.renderer.draw_both(world.ground(), world.boxes(), world.tint, pose)
+            for world, pose in views(self.config, snapshot)
+        ]
+        images, classes = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
+        return images, classes
 
     def mistake(
         self, mistake: Mistake, pair_id: str, rng: np.random.Generator
@@ -104,16 +115,55 @@ class RowMaker:
         return replace(row, sample=sample), replace(back, sample=recovery)
 
 
+def lags_s(config: ModelConfig) -> list[float]:
+    """How far back each picture of a camera lies, the oldest first.
+
+    Raises:
+        SpanvlaError: there, a drawn moment has no past.
+    """
+    lags = [config.frame_lag_s * back for back in reversed(range(config.frames_per_camera))]
+    if odd := [lag for lag in lags[:-1] if -lag not in HISTORY_S]:
+        known = ', '.join(f'{-at:g}' for at in HISTORY_S)
+        raise SpanvlaError(
+            f'scenes: the model wants pictures of {odd[0]:g} s ago, a drawn moment has them of '
+            f'{known} s; change frames_per_camera or frame_lag_s'
+        )
+    return lags
+
+
+def views(config: ModelConfig, snapshot: Snapshot) -> list[tuple[World, Float64[np.ndarray, '3']]]:
+    """World and pose of each picture of a camera, the oldest first.
+
+    The earlier ones are taken from the past that the model is told, so that pictures and odometry
+    agree.
+    """
+    lags, now = lags_s(config), snapshot.ego.pose
+    if len(lags) > 1 and not snapshot.earlier:
+        raise SpanvlaError(
+            'scenes: moments of a driver or after a mistake have one picture a camera; use a '
+            'model with frames_per_camera 1'
+        )
+    places = [HISTORY_S.index(-lag) for lag in lags[:-1]]
+    poses = world_from_local(now, snapshot.history)
+    before = [(snapshot.earlier[place], poses[place]) for place in places]
+    return [*before, (snapshot.world, now)]
+
+
 def observe(config: ModelConfig, snapshot: Snapshot, images: np.ndarray) -> Observation:
-    """The observation of a snapshot, built by the very class that builds it on board."""
+    """The observation of a snapshot, built by the very class that builds it on board.
+
+    `images` are by camera, then frame, the oldest first.
+    """
     builder = ObservationBuilder(config)
     ego = replace(snapshot.ego, stamp_ns=START_NS)
     for past in _past(config, snapshot, ego):
         builder.add_ego(past)
     builder.add_ego(ego)
     builder.set_route(snapshot.world.route())
-    for camera, image in zip(config.cameras, images, strict=True):
-        builder.add_frame(CameraFrame(camera.name, START_NS, image))
+    stamps_ns = [START_NS - round(lag * 1e9) for lag in lags_s(config)]
+    for camera, frames in zip(config.cameras, images, strict=True):
+        for stamp_ns, image in zip(stamps_ns, frames, strict=True):
+            builder.add_frame(CameraFrame(camera.name, stamp_ns, image))
     seen = builder.build(START_NS)
     if seen is None or not seen.history_valid.all():
         raise ValueError(f'snapshot gives no whole observation: {builder.refusal or seen}')

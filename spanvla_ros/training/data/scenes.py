@@ -46,7 +46,7 @@ from spanvla_ros.town.snapshots import (
 )
 from spanvla_ros.training.contestants import Contestant, open_planner
 from spanvla_ros.training.data.mistakes import mistakes_at
-from spanvla_ros.training.data.rows import RowMaker, observe
+from spanvla_ros.training.data.rows import RowMaker, lags_s, observe
 from spanvla_ros.training.data.shards import FACTS, TrainingRow, write_shard
 from spanvla_ros.training.open_loop import plan_alone
 from spanvla_ros.types import SpanvlaError
@@ -396,18 +396,20 @@ def _check(request: SceneRequest) -> None:
             f'scenes: --count {request.count} would share seeds with the pairs; draw at most '
             f'{PAIR_SEED_OFFSET // SEEDS_PER_SHARD * ROWS_PER_SHARD} rows'
         )
-    if request.config.frames_per_camera != 1:
+    if len(lags_s(request.config)) > 1 and (request.driver or request.mistakes):
         raise SpanvlaError(
-            f'scenes: a moment has one picture a camera, the model wants '
-            f'{request.config.frames_per_camera}; use a model with frames_per_camera 1'
+            'scenes: moments of a --driver and --mistakes have one picture a camera; use a model '
+            'with frames_per_camera 1'
         )
 
 
 def _describe(request: SceneRequest) -> dict[str, Any]:
     config = request.config
+    frames = {'frames_per_camera': config.frames_per_camera, 'frame_lag_s': config.frame_lag_s}
     return {
         **({'scored': True} if request.scored else {}),
         **({'mistakes': request.mistakes} if request.mistakes else {}),
+        **(frames if config.frames_per_camera > 1 else {}),
         'schema_version': _SCHEMA_VERSION,
         'count': request.count,
         'seed': request.seed,
@@ -432,7 +434,7 @@ def _claim(request: SceneRequest, out: Path) -> None:
     path = out / REQUEST
     if path.exists():
         found = json.loads(path.read_text(encoding='utf-8'))
-        odd = sorted(key for key in wanted if found.get(key) != wanted[key])
+        odd = sorted(key for key in {*wanted, *found} if found.get(key) != wanted.get(key))
         if odd:
             raise SpanvlaError(
                 f'{out}: holds scenes of another request (differs in {", ".join(odd)}); '

@@ -193,10 +193,19 @@ class ShardSet:
             )
 
     def rows(
-        self, indices: Sequence[int] | np.ndarray, *, pictures: bool = True
+        self, indices: Sequence[int] | np.ndarray, frames: int | None = None
     ) -> list[TrainingRow]:
-        """The rows of these numbers, in this order, with or without their pictures."""
-        return [self._row(int(index), pictures=pictures) for index in indices]
+        """The rows of these numbers, in this order, pictures decoded.
+
+        Args:
+            indices: the numbers.
+            frames: pictures a camera that the model takes: the newest of a set that has more;
+                0 takes none, None takes all.
+
+        Raises:
+            SpanvlaError: the set has fewer pictures a camera, or a row cannot be read.
+        """
+        return [self._row(int(index), frames) for index in indices]
 
     def presence(self, indices: Sequence[int] | np.ndarray) -> Bool[np.ndarray, 'n tokens 7']:
         """Class bits of visual tokens alone, without decoding a picture."""
@@ -222,10 +231,15 @@ class ShardSet:
         at = bisect_right(self._end, index)
         return self._shards[at], index - (self._end[at - 1] if at else 0)
 
-    def _row(self, index: int, *, pictures: bool) -> TrainingRow:
+    def _row(self, index: int, frames: int | None) -> TrainingRow:
         shard, row = self._place(index)
+        if frames and frames > shard.frames_per_camera:
+            raise SpanvlaError(
+                f'{self.path}: has {shard.frames_per_camera} pictures a camera, the model wants '
+                f'{frames}; draw scenes with --model'
+            )
         try:
-            return shard.row(row, pictures=pictures)
+            return shard.row(row, shard.frames_per_camera if frames is None else frames)
         except (ValueError, TypeError, KeyError) as error:
             raise SpanvlaError(
                 f'{shard.file} row {row}: cannot be read ({error}); draw the shard again'
@@ -304,10 +318,14 @@ class _Shard:
         data: bytes | None = self._scoring[row].as_py()
         return data or b''
 
-    def row(self, row: int, *, pictures: bool) -> TrainingRow:
+    @property
+    def frames_per_camera(self) -> int:
+        return self._per_row // len(self.cameras)
+
+    def row(self, row: int, frames: int) -> TrainingRow:
         seen = Observation(
             stamp_ns=int(self._stamps[row]),
-            frames=self._frames(row) if pictures else (),
+            frames=self._frames(row, frames) if frames else (),
             ego=EgoState(int(self._ego_stamps[row]), *self.numbers['ego'][row].tolist()),
             history=self.numbers['history'][row].reshape(-1, 3).copy(),
             history_valid=self.numbers['history_valid'][row].astype(bool),
@@ -320,29 +338,30 @@ class _Shard:
         text: dict[str, str] = {name: self.texts[name][row] for name in _TEXTS[:6]}
         future = self.numbers['future'][row].reshape(-1, 3).copy()
         sample = Sample(observation=seen, future=future, **text)
-        return TrainingRow(
-            sample, self.presence(row), self.numbers['facts'][row].copy(), self.scoring(row)
-        )
+        shown = self.presence(row)
+        if 0 < frames < self.frames_per_camera:
+            cells = shown.reshape(len(self.cameras), self.frames_per_camera, -1, shown.shape[-1])
+            shown = cells[:, -frames:].reshape(-1, shown.shape[-1])
+        return TrainingRow(sample, shown, self.numbers['facts'][row].copy(), self.scoring(row))
 
     def _route(self, row: int) -> np.ndarray | None:
         route = self._routes[row]
         return None if route is None else np.array(route, dtype=np.float64).reshape(-1, 2)
 
-    def _frames(self, row: int) -> tuple[tuple[CameraFrame | None, ...], ...]:
-        found: list[CameraFrame | None] = []
-        per_camera = self._per_row // len(self.cameras)
-        for slot in range(self._per_row):
-            data = self._jpeg[row * self._per_row + slot]
-            if not data.is_valid:
-                found.append(None)
-                continue
-            camera = self.cameras[slot // per_camera]
-            image = decode_picture(data.as_buffer())
-            found.append(CameraFrame(camera, self._frame_stamps[row][slot], image))
+    def _frames(self, row: int, frames: int) -> tuple[tuple[CameraFrame | None, ...], ...]:
+        per_camera = self.frames_per_camera
+        ends = range(per_camera, self._per_row + 1, per_camera)
         return tuple(
-            tuple(found[start : start + per_camera])
-            for start in range(0, self._per_row, per_camera)
+            tuple(self._frame(row, end - back) for back in range(frames, 0, -1)) for end in ends
         )
+
+    def _frame(self, row: int, slot: int) -> CameraFrame | None:
+        data = self._jpeg[row * self._per_row + slot]
+        if not data.is_valid:
+            return None
+        camera = self.cameras[slot // self.frames_per_camera]
+        stamp_ns = self._frame_stamps[row][slot]
+        return CameraFrame(camera, stamp_ns, decode_picture(data.as_buffer()))
 
 
 def _flat(observation: Observation) -> list[CameraFrame | None]:

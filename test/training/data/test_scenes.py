@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spanvla_ros.model.checkpoint import load_model_dir
-from spanvla_ros.model.config import ModelConfig
+from spanvla_ros.model.config import ModelConfig, with_settings
 from spanvla_ros.model.reasoning import parse_decision
 from spanvla_ros.town.driver import reference_plan
 from spanvla_ros.town.scenarios import Ranges, ranges_sha256
@@ -112,6 +112,72 @@ def test_a_row_holds_the_reference_plan_of_its_moment(drawn):
             assert parse_decision(row.sample.reasoning) == plan.decision
         else:
             assert row.sample.reasoning == ''
+
+
+def test_a_set_of_four_pictures_a_camera_serves_models_of_fewer(drawn, tmp_path):
+    four = with_settings(ModelConfig(), frames_per_camera=4)
+    draw_scenes(replace(REQUEST, config=four), tmp_path)
+    many, one = ShardSet(tmp_path), ShardSet(drawn)
+    chosen = range(0, 10, 3)
+    whole = many.rows(chosen)
+    for row, newest, alone in zip(whole, many.rows(chosen, 1), one.rows(chosen), strict=True):
+        assert newest.sample.scene_id == alone.sample.scene_id
+        assert np.array_equal(newest.sample.future, alone.sample.future)
+        assert np.array_equal(newest.facts, alone.facts)
+        assert np.array_equal(newest.presence, alone.presence)
+        pictures = zip(
+            row.sample.observation.frames,
+            newest.sample.observation.frames,
+            alone.sample.observation.frames,
+            strict=True,
+        )
+        for every, (last,), (same,) in pictures:
+            assert np.array_equal(last.image, same.image)
+            assert np.array_equal(every[-1].image, same.image)
+            ages = [(last.stamp_ns - frame.stamp_ns) / 1e9 for frame in every]
+            assert ages == [1.5, 1.0, 0.5, 0.0]
+        assert len(row.presence) == 4 * len(alone.presence)
+    # Two pictures are the newer half of four, camera by camera.
+    for row, half in zip(whole, many.rows(chosen, 2), strict=True):
+        cells = row.presence.reshape(3, 4, -1, 7)[:, 2:]
+        assert np.array_equal(half.presence, cells.reshape(-1, 7))
+        assert half.sample.observation.frames[1][0].stamp_ns == (
+            row.sample.observation.frames[1][2].stamp_ns
+        )
+    with pytest.raises(SpanvlaError, match='1 pictures a camera, the model wants 4'):
+        one.rows([0], 4)
+    with pytest.raises(SpanvlaError, match='frames_per_camera'):
+        draw_scenes(REQUEST, tmp_path)
+
+
+def test_an_earlier_picture_is_what_was_seen_there_then():
+    # The ego as it drove: where its past says it was is where the world had it.
+    ranges = replace(
+        Ranges(), consistent_history_share=1.0, history_noise_sd_m=0.0, lateral_offset_sd_m=0.0,
+        heading_sd_rad=0.0,
+    )  # fmt: skip
+    maker = RowMaker(with_settings(ModelConfig(), frames_per_camera=4))
+    moving = [s for s in sample_snapshots('lead_vehicle', 3, 8, ranges) if s.ego.speed_mps > 3]
+    assert moving
+    for snapshot in moving:
+        images, _ = maker.draw(snapshot)
+        for place, world in enumerate(snapshot.earlier):
+            then = maker.renderer.draw(world.ground(), world.boxes(), world.tint, world.ego.pose)
+            off = (np.abs(images[:, place].astype(int) - then).max(-1) > 40).mean()
+            now = (np.abs(images[:, -1].astype(int) - then).max(-1) > 40).mean()
+            assert off < min(0.01, now)
+
+
+def test_moments_without_a_past_and_pictures_of_other_times_are_refused(tmp_path):
+    two = with_settings(ModelConfig(), frames_per_camera=2)
+    with pytest.raises(SpanvlaError, match='one picture a camera'):
+        draw_scenes(replace(REQUEST, config=two, mistakes=1), tmp_path)
+    odd = with_settings(two, frame_lag_s=0.3)
+    with pytest.raises(SpanvlaError, match=r'pictures of 0\.3 s ago'):
+        draw_scenes(replace(REQUEST, config=odd), tmp_path)
+    bare = replace(sample_snapshots('turns', 3, 1)[0], earlier=())
+    with pytest.raises(SpanvlaError, match='one picture a camera'):
+        RowMaker(two).draw(bare)
 
 
 def test_pairs_differ_in_the_hazard_and_in_nothing_else(tmp_path):
