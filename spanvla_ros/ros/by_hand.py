@@ -1,6 +1,8 @@
 """Subscriptions that a node takes from when it likes.
 
 An executor wakes up for each message, which in rclpy costs ten times as much as taking it.
+It also wakes up for each message where it only waits for a subscription's QoS events, so there are
+none: what does not match is a finding of the doctor, what got lost is counted by numbers.
 """
 
 from __future__ import annotations
@@ -9,19 +11,41 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rclpy.callback_groups import CallbackGroup
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
 from rclpy.subscription import Subscription
 
 
-class ByHand(CallbackGroup):
-    """Subscriptions that the executor leaves alone; their QoS events it handles as ever."""
+def subscribe_by_hand(
+    node: Node, kind: type, topic: str, profile: QoSProfile
+) -> Subscription[Any]:
+    """A subscription of `node` that `taken` takes from, and the executor never looks at."""
+    return node.create_subscription(
+        kind,
+        topic,
+        _untaken,
+        profile,
+        callback_group=_ByHand(),
+        event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
+        raw=True,
+    )
+
+
+def _untaken(_data: bytes) -> None:
+    """What rclpy asks for as a callback."""
+
+
+class _ByHand(CallbackGroup):
+    """Entities that the executor leaves alone."""
 
     def can_execute(self, entity: Any) -> bool:
-        """Whether the executor may run an entity."""
-        return not isinstance(entity, Subscription)
+        """Whether the executor may run an entity: never."""
+        return False
 
     def beginning_execution(self, entity: Any) -> bool:
-        """Let it run."""
-        return True
+        """Do not let it run."""
+        return False
 
     def ending_execution(self, entity: Any) -> None:
         """Nothing is held."""
@@ -33,7 +57,7 @@ def taken(
     """What has come since the last call, as bytes and with the middleware's remarks.
 
     Args:
-        subscription: of a group `ByHand`.
+        subscription: one of `subscribe_by_hand`.
         limit: at most this many; a publisher that never rests must not hold the caller.
     """
     handle: Any = subscription.handle
@@ -43,7 +67,3 @@ def taken(
         if message is None:
             return
         yield message
-
-
-def untaken(_data: bytes) -> None:
-    """What rclpy asks for as the callback of a subscription that is taken from by hand."""

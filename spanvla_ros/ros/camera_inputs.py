@@ -31,7 +31,7 @@ from spanvla_ros.messages import (
     read_image,
 )
 from spanvla_ros.model.config import CameraSpec
-from spanvla_ros.ros.by_hand import ByHand, taken, untaken
+from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
 from spanvla_ros.ros.cdr import HEAD_BYTES, stamp_ns_of_bytes
 from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.extrinsics import Extrinsics
@@ -107,13 +107,12 @@ class CameraInputs:
         self._tolerance_ns = round(settings.sync_tolerance_ms * 1e6)
         self._news = threading.Condition()
         self._woken = False
-        self._group = ByHand()
         topics = dict(pair.split('=', 1) for pair in settings.camera_topics if '=' in pair)
         self.intakes: dict[str, Intake] = {}
         for camera in cameras:
             base = f'input/{camera.name}'
             topic = topics.get(camera.name, f'{base}/image')
-            subscribe = self._by_hand if self.intakes else self._woken_by
+            subscribe = self._heard_by_hand if self.intakes else self._woken_by
             self.intakes[camera.name] = Intake(
                 camera,
                 InputMeter(f'{base}/image', settings.input_timeout_s),
@@ -124,7 +123,7 @@ class CameraInputs:
                     False: subscribe(Image, topic),
                     True: subscribe(CompressedImage, f'{topic}/compressed'),
                 },
-                self._by_hand(CameraInfo, f'{base}/camera_info', NEWEST),
+                subscribe_by_hand(node, CameraInfo, f'{base}/camera_info', NEWEST),
             )
         self._anchor, *self._sides = self.intakes.values()
 
@@ -136,10 +135,8 @@ class CameraInputs:
 
         return self._node.create_subscription(kind, topic, on_picture, NEWEST, raw=True)
 
-    def _by_hand(self, kind: type, topic: str, profile: QoSProfile = RECENT) -> Subscription[Any]:
-        return self._node.create_subscription(
-            kind, topic, untaken, profile, callback_group=self._group, raw=True
-        )
+    def _heard_by_hand(self, kind: type, topic: str) -> Subscription[Any]:
+        return subscribe_by_hand(self._node, kind, topic, RECENT)
 
     def _read_info(self, intake: Intake) -> None:
         """Look at the newest `camera_info`, if there is a new one."""

@@ -32,7 +32,7 @@ from spanvla_ros.messages import (
     read_route,
     stamp_ns_of,
 )
-from spanvla_ros.ros.by_hand import ByHand, taken, untaken
+from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
 from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.message_bytes import odometry_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
@@ -72,9 +72,8 @@ class PlannerInputs:
         self._command = InputMeter('input/command', timeout_s, required=False)
         self._clock = InputMeter('clock', timeout_s, required=False)
         subscribe = node.create_subscription
-        group = ByHand()
         self._by_hand: list[tuple[Subscription[Any], Callable[[bytes, int], None]]] = [
-            (subscribe(kind, topic, untaken, ODOMETRY, callback_group=group, raw=True), take_one)
+            (subscribe_by_hand(node, kind, topic, ODOMETRY), take_one)
             for kind, topic, take_one in (
                 (AccelWithCovarianceStamped, 'input/acceleration', self._take_acceleration),
                 (Odometry, 'input/odometry', self._take_odometry),

@@ -33,7 +33,7 @@ from trajectory_msgs.msg import MultiDOFJointTrajectory
 from visualization_msgs.msg import MarkerArray
 
 from spanvla_ros.ros.bag_file import BagFile
-from spanvla_ros.ros.by_hand import ByHand, taken, untaken
+from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
 from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, InputMeter, status
 from spanvla_ros.ros.parameters import RecorderSettings, declare
 from spanvla_ros.ros.process import run_node
@@ -144,7 +144,6 @@ class RecorderNode(Node):
         self._written = 0
         self._flushed_s = 0.0
         self._fault = ''
-        self._by_hand = ByHand()
         self._sources: list[Source] = []
         for topic, kind, profiles in TOPICS:
             self._record(topic, kind, profiles)
@@ -165,9 +164,7 @@ class RecorderNode(Node):
         package = kind.__module__.split('.')[0]
         latest = [b''] if len(profiles) > 1 else None
         for profile in profiles:
-            subscription = self.create_subscription(
-                kind, topic, untaken, profile, callback_group=self._by_hand, raw=True
-            )
+            subscription = subscribe_by_hand(self, kind, topic, profile)
             self._sources.append(
                 Source(name, f'{package}/msg/{kind.__name__}', subscription, latest)
             )
