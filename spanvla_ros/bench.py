@@ -59,8 +59,6 @@ def run(options: argparse.Namespace) -> int:
         module, function, takes_options = parts[part]
         out = options.out if options.only or options.size else options.out / part
         measure = getattr(import_module(module), function)
-        # Before minutes of measuring, not after.
-        out.mkdir(parents=True, exist_ok=True)
         summary = measure(out, options) if takes_options else measure(out)
         if part == 'sweeps':
             write_sweeps_page(out / 'index.html', summary)
