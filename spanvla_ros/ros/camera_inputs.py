@@ -19,7 +19,6 @@ from typing import Any
 
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -32,7 +31,7 @@ from spanvla_ros.messages import (
 )
 from spanvla_ros.model.config import CameraSpec
 from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
-from spanvla_ros.ros.cdr import HEAD_BYTES, stamp_ns_of_bytes
+from spanvla_ros.ros.cdr import HEAD_BYTES, message_of_bytes, stamp_ns_of_bytes
 from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.message_bytes import compressed_image_of_bytes, image_of_bytes
@@ -165,7 +164,7 @@ class CameraInputs:
         # Nothing but the stamp changes from one to the next.
         content = data[HEAD_BYTES + 8 :]
         if intake.info is None or content != intake.info_bytes:
-            message = deserialize_message(data, CameraInfo)
+            message = message_of_bytes(data, CameraInfo)
             info = read_camera_info(message, rectified=intake.rectified)
             intake.info = info, str(message.header.frame_id)
             intake.info_bytes = content

@@ -8,6 +8,11 @@ goes through rclpy.
 from __future__ import annotations
 
 import struct
+from typing import Any
+
+from rclpy.serialization import deserialize_message
+
+from spanvla_ros.messages import MessageError
 
 HEAD_BYTES = 4
 LITTLE_ENDIAN = b'\x00\x01'
@@ -51,3 +56,16 @@ def string_at(data: bytes | bytearray, at: int) -> tuple[str, int]:
     if length == 0 or end > len(data):
         raise struct.error('a string that is longer than its message')
     return bytes(data[at : end - 1]).decode(), end
+
+
+def message_of_bytes(data: bytes, kind: type) -> Any:
+    """A serialized message of any kind, whole, by rclpy.
+
+    Raises:
+        MessageError: bytes that are none.
+    """
+    try:
+        return deserialize_message(data, kind)
+    except Exception as error:
+        # The middleware names no type of its own for bytes it cannot read.
+        raise MessageError(f'{kind.__name__}: its bytes are no message ({error})') from error

@@ -8,16 +8,22 @@ covariance; here pixels stay where they are, and what nobody reads is not made. 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from nav_msgs.msg import Odometry
-from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
 from spanvla_ros.messages import MessageError
-from spanvla_ros.ros.cdr import HEAD_BYTES, is_little_endian, number_at, string_at
+from spanvla_ros.ros.cdr import (
+    HEAD_BYTES,
+    is_little_endian,
+    message_of_bytes,
+    number_at,
+    string_at,
+)
 
 # Seven numbers of a pose and the 36 of its covariance.
 POSE_BYTES = 43 * 8
@@ -67,17 +73,7 @@ def image_of_bytes(data: bytes) -> Any:
     Raises:
         MessageError: bytes that are none.
     """
-    if not is_little_endian(data):
-        return deserialize_message(data, Image)
-    try:
-        header, at = _header(data)
-        height, at = number_at(data, at)
-        width, at = number_at(data, at)
-        encoding, at = string_at(data, at)
-        step, end = number_at(data, at + 1)
-        return ImageView(header, height, width, encoding, data[at], step, _octets(data, end))
-    except (struct.error, UnicodeDecodeError, IndexError) as error:
-        raise MessageError(f'image: its bytes are not those of an Image ({error})') from error
+    return _in_place(data, Image, 'image: its bytes are not those of an Image', _image)
 
 
 def compressed_image_of_bytes(data: bytes) -> Any:
@@ -86,16 +82,8 @@ def compressed_image_of_bytes(data: bytes) -> Any:
     Raises:
         MessageError: bytes that are none.
     """
-    if not is_little_endian(data):
-        return deserialize_message(data, CompressedImage)
-    try:
-        header, at = _header(data)
-        form, at = string_at(data, at)
-        return CompressedImageView(header, form, _octets(data, at))
-    except (struct.error, UnicodeDecodeError) as error:
-        raise MessageError(
-            f'compressed image: its bytes are not those of a CompressedImage ({error})'
-        ) from error
+    fault = 'compressed image: its bytes are not those of a CompressedImage'
+    return _in_place(data, CompressedImage, fault, _compressed_image)
 
 
 def odometry_of_bytes(data: bytes) -> Any:
@@ -104,18 +92,39 @@ def odometry_of_bytes(data: bytes) -> Any:
     Raises:
         MessageError: bytes that are none.
     """
+    return _in_place(data, Odometry, 'odometry: its bytes are not those of an Odometry', _odometry)
+
+
+def _in_place(data: bytes, kind: type, fault: str, read: Callable[[bytes], Any]) -> Any:
     if not is_little_endian(data):
-        return deserialize_message(data, Odometry)
+        return message_of_bytes(data, kind)
     try:
-        header, at = _header(data)
-        child_frame_id, at = string_at(data, at)
-        at += (HEAD_BYTES - at) % 8
-        x, y, z, *turn = struct.unpack_from('<7d', data, at)
-        twist = struct.unpack_from('<6d', data, at + POSE_BYTES)
-    except (struct.error, UnicodeDecodeError) as error:
-        raise MessageError(
-            f'odometry: its bytes are not those of an Odometry ({error})'
-        ) from error
+        return read(data)
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
+        raise MessageError(f'{fault} ({error})') from error
+
+
+def _image(data: bytes) -> ImageView:
+    header, at = _header(data)
+    height, at = number_at(data, at)
+    width, at = number_at(data, at)
+    encoding, at = string_at(data, at)
+    step, end = number_at(data, at + 1)
+    return ImageView(header, height, width, encoding, data[at], step, _octets(data, end))
+
+
+def _compressed_image(data: bytes) -> CompressedImageView:
+    header, at = _header(data)
+    form, at = string_at(data, at)
+    return CompressedImageView(header, form, _octets(data, at))
+
+
+def _odometry(data: bytes) -> SimpleNamespace:
+    header, at = _header(data)
+    child_frame_id, at = string_at(data, at)
+    at += (HEAD_BYTES - at) % 8
+    x, y, z, *turn = struct.unpack_from('<7d', data, at)
+    twist = struct.unpack_from('<6d', data, at + POSE_BYTES)
     pose = SimpleNamespace(position=_vector(x, y, z), orientation=_vector(*turn))
     speeds = SimpleNamespace(linear=_vector(*twist[:3]), angular=_vector(*twist[3:]))
     return SimpleNamespace(

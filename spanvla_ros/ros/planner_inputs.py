@@ -21,7 +21,6 @@ from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message
 from rclpy.subscription import Subscription
 from std_msgs.msg import String
 
@@ -33,6 +32,7 @@ from spanvla_ros.messages import (
     stamp_ns_of,
 )
 from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
+from spanvla_ros.ros.cdr import message_of_bytes
 from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.message_bytes import odometry_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
@@ -204,8 +204,8 @@ class PlannerInputs:
         )
 
     def _take_acceleration(self, data: bytes, arrived_ns: int) -> None:
-        message = deserialize_message(data, AccelWithCovarianceStamped)
         try:
+            message = message_of_bytes(data, AccelWithCovarianceStamped)
             self._accel_mps2, self._accel_ns = read_acceleration(message), arrived_ns
         except MessageError as error:
             self._accel_ns = -1

@@ -12,11 +12,17 @@ import struct
 from typing import Any
 
 import numpy as np
-from rclpy.serialization import deserialize_message, serialize_message
+from rclpy.serialization import serialize_message
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
-from spanvla_ros.messages import MessageError, read_trajectory, trajectory_of_table
-from spanvla_ros.ros.cdr import HEAD_BYTES, is_little_endian, number_at, string_at
+from spanvla_ros.messages import read_trajectory, trajectory_of_table
+from spanvla_ros.ros.cdr import (
+    HEAD_BYTES,
+    is_little_endian,
+    message_of_bytes,
+    number_at,
+    string_at,
+)
 from spanvla_ros.types import Trajectory
 
 # Each count is followed by four bytes that bring what it counts to a multiple of eight.
@@ -73,12 +79,7 @@ def trajectory_of_bytes(data: bytes) -> Trajectory:
     """
     found = rows_of(data)
     if found is None:
-        try:
-            message = deserialize_message(data, MultiDOFJointTrajectory)
-        except Exception as error:
-            # The middleware names no type of its own for bytes it cannot read.
-            raise MessageError(f'trajectory: its bytes are no message ({error})') from error
-        return read_trajectory(message)
+        return read_trajectory(message_of_bytes(data, MultiDOFJointTrajectory))
     rows, frame_id = found
     sec, nanosec = struct.unpack_from('<iI', data, HEAD_BYTES)
     time_s = rows['sec'] + rows['nanosec'] * 1e-9
