@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Bool, Float64, UInt8
@@ -257,7 +257,7 @@ def _integer(value: object) -> int:
 
 
 def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise PlanError(f'plan: {value!r:.40} is not a finite number')
     return float(value)
 
@@ -428,22 +428,13 @@ class Vehicle:
         Raises:
             SpanvlaError: no such file, not YAML, an unknown field, or a value no vehicle has.
         """
-        import yaml
-
-        try:
-            raw = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-        except OSError as error:
-            raise SpanvlaError(f'{path}: {error.strerror}; name a vehicle file') from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            line = str(error).splitlines()[0]
-            raise SpanvlaError(f'{path}: not valid YAML ({line}); mend that line') from error
+        raw = read_yaml(path, 'a vehicle file')
         known = {field.name for field in fields(Vehicle)}
         if not isinstance(raw, dict) or not set(raw) <= known:
             odd = sorted(map(str, set(raw) - known)) if isinstance(raw, dict) else 'no mapping'
             raise SpanvlaError(f'{path}: {odd} is not a vehicle field; use {sorted(known)}')
         for name, value in raw.items():
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (good and 0.0 < value < math.inf):
+            if not (is_finite_number(value) and value > 0.0):
                 raise SpanvlaError(f'{path}: {name} must be a positive number, not {value!r}')
         vehicle = Vehicle(**{name: float(value) for name, value in raw.items()})
         if vehicle.max_steering_rad >= math.pi / 2.0:
@@ -464,3 +455,25 @@ class DriveCommand:
     steering_rad: float
     braking: bool = False
     reason: str = ''
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """The content of a YAML file the user named; `what` it should be is said where it is not.
+
+    Raises:
+        SpanvlaError: no such file, or not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise SpanvlaError(f'{path}: {error.strerror}; name {what}') from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise SpanvlaError(f'{path}: not valid YAML ({line}); mend that line') from error
+
+
+def is_finite_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a file is a number that can be used; YAML's `true` is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

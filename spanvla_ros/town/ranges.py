@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.types import SpanvlaError, is_finite_number, read_yaml
 
 Span = tuple[float, float]
 
@@ -92,13 +89,7 @@ def load_ranges(path: str | Path | None = None) -> Ranges:
     """The ranges of a YAML file, by default those of the package; anything odd is refused."""
     if path is None:
         return Ranges()
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise SpanvlaError(f'{path}: {error.strerror}; name a file of ranges') from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
-        raise SpanvlaError(f'{path}: not valid YAML ({line}); mend that line') from error
+    raw = read_yaml(path, 'a file of ranges')
     known = {field.name: field.default for field in fields(Ranges)}
     if not isinstance(raw, dict) or set(raw) - set(known):
         odd = sorted(map(str, set(raw) - set(known))) if isinstance(raw, dict) else 'no mapping'
@@ -107,14 +98,10 @@ def load_ranges(path: str | Path | None = None) -> Ranges:
     for name, value in raw.items():
         span = isinstance(known[name], tuple)
         parts = value if isinstance(value, list) else [value]
-        if len(parts) != (2 if span else 1) or not all(map(_is_number, parts)):
+        if len(parts) != (2 if span else 1) or not all(map(is_finite_number, parts)):
             raise SpanvlaError(f'{path}: {name} must be {"[low, high]" if span else "a number"}')
         values[name] = (float(parts[0]), float(parts[1])) if span else float(value)
     return Ranges(**values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ranges_sha256(ranges: Ranges | None = None) -> str:
