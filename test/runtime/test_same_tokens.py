@@ -15,12 +15,16 @@ from spanvla_ros.model.checkpoint import load_model_dir, shipped_model_dir  # no
 from spanvla_ros.model.inputs import pixels  # noqa: E402
 from spanvla_ros.model.prompt import PromptLayout, load_tokenizer  # noqa: E402
 from spanvla_ros.runtime.backend import open_backend  # noqa: E402
+from spanvla_ros.runtime.precision import convert_model  # noqa: E402
 from spanvla_ros.runtime.reasoner import Prompt, Reasoner  # noqa: E402
 from spanvla_ros.runtime.torch_cuda import TorchCudaBackend  # noqa: E402
 from spanvla_ros.runtime.torch_graphs import plain  # noqa: E402
-from spanvla_ros.town.scenarios import HELD_OUT_SEED  # noqa: E402
+from spanvla_ros.town.ranges import load_ranges  # noqa: E402
+from spanvla_ros.town.scenarios import HELD_OUT_SEED, MIX  # noqa: E402
 from spanvla_ros.town.snapshots import sample_snapshots  # noqa: E402
+from spanvla_ros.training.calibration import ROWS, record_inputs  # noqa: E402
 from spanvla_ros.training.data.rows import RowMaker, observe  # noqa: E402
+from spanvla_ros.training.data.scenes import SceneRequest, draw_scenes  # noqa: E402
 
 FAMILIES = ('lane_keeping', 'lead_vehicle', 'pedestrian', 'red_light', 'turns')
 SCENES_PER_DRIVE = 4
@@ -101,3 +105,27 @@ def test_engines_agree_on_forty_held_out_moments(shipped, layout):
     assert spoken(open_backend(shipped, 'onnxruntime'), layout, seen) == wanted
     in_place = TorchCudaBackend(shipped, device='cpu', record=plain)
     assert spoken(in_place, layout, seen) == wanted
+
+
+# Of 40 moments: reasonings that are the same to the last token, and all action tokens.
+LEAST_EQUAL = {'fp16': (0.9, 0.95), 'int8': (0.4, 0.5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', LEAST_EQUAL)
+def test_lower_precisions_mostly_say_the_same(shipped, layout, tmp_path, precision):
+    calibration = None
+    if precision == 'int8':
+        request = SceneRequest(ROWS, 0, 0, (*FAMILIES, MIX), load_ranges(), shipped.config)
+        draw_scenes(request, tmp_path / 'scenes')
+        calibration = record_inputs(shipped, tmp_path / 'scenes')
+    convert_model(shipped, tmp_path / 'model', precision, calibration)
+    seen = moments(shipped.config, 2)
+    wanted = spoken(open_backend(shipped, 'onnxruntime'), layout, seen)
+    found = spoken(open_backend(tmp_path / 'model', f'onnxruntime:{precision}'), layout, seen)
+    pairs = list(zip(found, wanted, strict=True))
+    reasonings = np.mean([ours.reasoning == theirs.reasoning for ours, theirs in pairs])
+    actions = np.mean([np.equal(ours.actions, theirs.actions) for ours, theirs in pairs])
+    print(f'{precision}: reasonings {reasonings:.3f}, action tokens {actions:.3f}')  # noqa: T201
+    assert reasonings >= LEAST_EQUAL[precision][0]
+    assert actions >= LEAST_EQUAL[precision][1]
