@@ -95,6 +95,7 @@ def summary_of(recording: Recording, vehicle: Vehicle) -> dict[str, Any]:
         'output_hz': _rounded(len(outputs) / window.seconds),
         'fresh_share': _rounded(fresh),
         'output_gap_ms': _spread(output_gaps_ms(outputs), peak=True),
+        'output_stamp_gap_ms': _spread(stamp_gaps_ms(outputs), peak=True),
         'output_silence_at_end_ms': _rounded(
             (window.to_ns - max((o.received_ns for o in outputs), default=window.from_ns)) * 1e-6
         ),
@@ -143,6 +144,11 @@ def camera_period_s(recording: Recording) -> float | None:
 def output_gaps_ms(outputs: Sequence[OutputRecord]) -> Float64[np.ndarray, 'n']:
     """Times between consecutive outputs, as they arrived."""
     return np.diff(np.array([output.received_ns for output in outputs], dtype=np.int64)) * 1e-6
+
+
+def stamp_gaps_ms(outputs: Sequence[OutputRecord]) -> Float64[np.ndarray, 'n']:
+    """Times between the outputs' own stamps, which a recorder that stood still cannot stretch."""
+    return np.diff(np.array([output.stamp_ns for output in outputs], dtype=np.int64)) * 1e-6
 
 
 def state_shares(recording: Recording, window: Window) -> dict[str, float]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from report import drive_bag
 from report.drive_bag import MS, START_NS, small_drive, straight, text
 
-from spanvla_ros.report.drive_summary import route_completion, summarise
+from spanvla_ros.report.drive_summary import route_completion, summarise, summary_of
 from spanvla_ros.report.recording import read_recording
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.types import SpanvlaError, Vehicle
 
 # From the arrival of the first plan (60 ms) to that of the last odometry (4000 ms).
 SECONDS = 3.94
@@ -40,6 +41,21 @@ def test_gaps_and_ages(summary):
     assert summary['kv_age_ms'] == {'p50': 60.0, 'p99': 66.1, 'max': 70.0}
     assert summary['output_kv_age_ms']['max'] == pytest.approx(230.0)
     assert summary['stage_ms']['vision'] == {'p50': 10.0, 'p99': 10.0}
+
+
+def test_a_recorder_that_stood_still_stretches_arrivals_and_no_stamps(tmp_path):
+    recording = read_recording(small_drive().write(tmp_path / 'bag'))
+    # All that came from 1.0 to 1.3 s comes at 1.3 s.
+    late = [
+        replace(o, received_ns=max(o.received_ns, START_NS + 1300 * MS))
+        if 1000 * MS <= o.received_ns - START_NS < 1300 * MS
+        else o
+        for o in recording.outputs
+    ]
+    found = summary_of(replace(recording, outputs=tuple(late)), Vehicle())
+    # 980 ms, 1300, 1300, ...: the outputs are at 80 + 50 n.
+    assert found['output_gap_ms']['max'] == 320.0
+    assert found['output_stamp_gap_ms'] == {'p50': 50.0, 'p99': 62.0, 'max': 100.0}
 
 
 def test_fresh_outputs_follow_a_young_plan_and_a_willing_guardian(summary):
