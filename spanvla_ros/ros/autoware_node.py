@@ -20,6 +20,7 @@ from spanvla_ros.autoware import MAP_FRAME, read_engaged, read_mrm, read_route_p
 from spanvla_ros.ros.autoware import autoware_class
 from spanvla_ros.ros.diagnostics import DiagnosticsPublisher, InputMeter
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.types import SpanvlaError
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -66,7 +67,9 @@ class AutowareInputs:
             (adapi, 'MrmState', 'mrm_state', self._on_mrm, RELIABLE),
         ):
             message_class = autoware_class('autoware', package, kind)
-            node.create_subscription(message_class, f'input/{name}', take, profile)
+            meter = self.meters[name]
+            subscription = node.create_subscription(message_class, meter.name, take, profile)
+            meter.subscriptions.append(subscription)
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)
@@ -125,7 +128,7 @@ class AutowareInputs:
             self._set_enabled.call_async(SetBool.Request(data=not standby))
 
 
-class AutowareNode(Node):
+class AutowareNode(QuietNode):
     """Between Autoware and our inputs, node name `autoware`."""
 
     def __init__(self) -> None:
@@ -136,8 +139,7 @@ class AutowareNode(Node):
         self.create_timer(1.0, self._publish_diagnostics)
 
     def _publish_diagnostics(self) -> None:
-        now_ns = int(self.get_clock().now().nanoseconds)
-        self._diagnostics.publish([m.status(now_ns) for m in self._inputs.meters.values()])
+        self._diagnostics.publish([], self._inputs.meters.values())
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from geometry_msgs.msg import Twist
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from spanvla_ros.model.config import TOWN_CAMERAS
@@ -23,6 +22,7 @@ from spanvla_ros.ros.controls import CARLA, message_class
 from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, status
 from spanvla_ros.ros.parameters import BridgeSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.town.bodies import Paint
 from spanvla_ros.town.carla_stand_in import StandIn, Topic
@@ -47,7 +47,7 @@ def make_message(kind: str) -> Any:
     return getattr(importlib.import_module(f'{package}.msg'), name)()
 
 
-class BridgeNode(Node):
+class BridgeNode(QuietNode):
     """One ego vehicle on a map, node name `bridge`."""
 
     def __init__(self) -> None:

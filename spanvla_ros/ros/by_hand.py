@@ -1,8 +1,8 @@
 """Subscriptions that a node takes from when it likes.
 
 An executor wakes up for each message, which in rclpy costs ten times as much as taking it.
-It also wakes up for each message where it only waits for a subscription's QoS events, so there are
-none: what does not match is a finding of the doctor, what got lost is counted by numbers.
+It also wakes up for each message where it only waits for a subscription's QoS events: nodes that
+take by hand are quiet ones.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rclpy.callback_groups import CallbackGroup
-from rclpy.event_handler import SubscriptionEventCallbacks
-from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rclpy.subscription import Subscription
 
+from spanvla_ros.ros.quiet_node import QuietNode
+
 
 def subscribe_by_hand(
-    node: Node, kind: type, topic: str, profile: QoSProfile
+    node: QuietNode, kind: type, topic: str, profile: QoSProfile
 ) -> Subscription[Any]:
     """A subscription of `node` that `taken` takes from, and the executor never looks at."""
     return node.create_subscription(
@@ -27,7 +27,6 @@ def subscribe_by_hand(
         _untaken,
         profile,
         callback_group=_ByHand(),
-        event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
         raw=True,
     )
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -36,6 +35,7 @@ from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.message_bytes import compressed_image_of_bytes, image_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.runtime.virtual_camera import Mount, VirtualCamera, centered
 from spanvla_ros.types import CameraFrame
 
@@ -87,7 +87,7 @@ class CameraInputs:
 
     def __init__(
         self,
-        node: Node,
+        node: QuietNode,
         cameras: Sequence[CameraSpec],
         settings: PlannerSettings,
         extrinsics: Extrinsics,
@@ -112,7 +112,7 @@ class CameraInputs:
             base = f'input/{camera.name}'
             topic = topics.get(camera.name, f'{base}/image')
             subscribe = self._heard_by_hand if self.intakes else self._woken_by
-            self.intakes[camera.name] = Intake(
+            intake = self.intakes[camera.name] = Intake(
                 camera,
                 InputMeter(f'{base}/image', settings.input_timeout_s),
                 InputMeter(f'{base}/camera_info', settings.input_timeout_s, required=False),
@@ -124,6 +124,8 @@ class CameraInputs:
                 },
                 subscribe_by_hand(node, CameraInfo, f'{base}/camera_info', NEWEST),
             )
+            intake.meter.subscriptions += intake.pictures.values()
+            intake.info_meter.subscriptions.append(intake.infos)
         self._anchor, *self._sides = self.intakes.values()
 
     def _woken_by(self, kind: type, topic: str) -> Subscription[Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Float32
 
@@ -20,6 +19,7 @@ from spanvla_ros.messages import MessageError, read_odometry, read_route
 from spanvla_ros.ros.diagnostics import DiagnosticsPublisher, InputMeter
 from spanvla_ros.ros.parameters import CarlaSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 
 # The bridge publishes reliably, ten deep.
 BRIDGE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
@@ -33,7 +33,7 @@ VOLATILE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 CLOCK_OFF_S = 5.0
 
 
-class CarlaNode(Node):
+class CarlaNode(QuietNode):
     """Between the bridge and our inputs, node name `carla`."""
 
     def __init__(self) -> None:
@@ -50,12 +50,16 @@ class CarlaNode(Node):
         }
         self._odometry_out = self.create_publisher(Odometry, 'input/odometry', ODOMETRY)
         self._route_out = self.create_publisher(PathMessage, 'input/route', LATCHED)
-        subscribe = self.create_subscription
-        subscribe(Odometry, f'{base}/odometry', self._on_odometry, BRIDGE)
-        subscribe(Float32, f'{base}/speedometer', self._on_speedometer, BRIDGE)
-        # A bag offers its latched waypoints as volatile, which a latched subscription never sees.
-        for profile in (LATCHED, VOLATILE):
-            subscribe(PathMessage, f'{base}/waypoints', self._on_waypoints, profile)
+        for source, kind, callback, profile in (
+            ('odometry', Odometry, self._on_odometry, BRIDGE),
+            ('speedometer', Float32, self._on_speedometer, BRIDGE),
+            # A bag offers latched waypoints as volatile, which a latched subscription never sees.
+            ('waypoints', PathMessage, self._on_waypoints, LATCHED),
+            ('waypoints', PathMessage, self._on_waypoints, VOLATILE),
+        ):
+            meter = self._meters[source]
+            subscription = self.create_subscription(kind, meter.name, callback, profile)
+            meter.subscriptions.append(subscription)
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
 
@@ -111,8 +115,7 @@ class CarlaNode(Node):
         self._route_out.publish(message)
 
     def _publish_diagnostics(self) -> None:
-        now_ns = self._now_ns()
-        self._diagnostics.publish([meter.status(now_ns) for meter in self._meters.values()])
+        self._diagnostics.publish([], self._meters.values())
 
 
 def main() -> int:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
+from rclpy.subscription import Subscription
+
+from spanvla_ros.ros.silence import Silence, why_silent
 
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,
@@ -27,6 +33,7 @@ class InputMeter:
 
         `warning` is a lasting doubt about good messages, `extra` what else its line shows.
         `dropped` are messages that came and were not needed, `lost` those that never came.
+        `subscriptions` bring its messages: what the graph knows of them is told of a silent one.
         """
         self.name = name
         self.timeout_s = timeout_s
@@ -36,6 +43,7 @@ class InputMeter:
         self.lost = 0
         self.warning = ''
         self.extra: dict[str, str] = {}
+        self.subscriptions: list[Subscription[Any]] = []
         self._arrivals_ns: deque[int] = deque(maxlen=60)
         self._stamp_ns: int | None = None
         self._fault = ''
@@ -53,8 +61,17 @@ class InputMeter:
         self._fault, self._fault_ns = reason, now_ns
         self._faults[reason.split(':')[0]] += 1
 
-    def status(self, now_ns: int) -> DiagnosticStatus:
-        """The input's line: ERROR after a refusal, STALE when silent, WARN in doubt, else OK."""
+    def status(
+        self,
+        now_ns: int,
+        why: Callable[[Sequence[Subscription[Any]]], Silence] = lambda _: Silence(),
+    ) -> DiagnosticStatus:
+        """The input's line: ERROR after a refusal, STALE when silent, WARN in doubt, else OK.
+
+        Args:
+            now_ns: the present.
+            why: what a silent input's subscriptions are waiting for; asked only then.
+        """
         # Another thread may count an arrival meanwhile; a copy is made in one go.
         known = tuple(self._arrivals_ns)
         arrivals = [ns for ns in known if now_ns - ns < 5_000_000_000]
@@ -75,15 +92,22 @@ class InputMeter:
             values['age_ms'] = f'{(known[-1] - self._stamp_ns) / 1e6:.1f}'
         if self._fault and now_ns - self._fault_ns < FAULT_SHOWN_S * 1e9:
             return status(self.name, ERROR, self._fault, values)
-        if not known:
-            level = WARN if self.required else OK
-            return status(self.name, level, 'nothing received yet', values)
-        silent_s = (now_ns - known[-1]) / 1e9
-        if self.required and silent_s > self.timeout_s:
-            return status(self.name, STALE, f'silent for {silent_s:.1f} s', values)
+        silent_s = (now_ns - known[-1]) / 1e9 if known else math.inf
+        if not known or (self.required and silent_s > self.timeout_s):
+            level, text = self._silence(silent_s, why(self.subscriptions))
+            return status(self.name, level, text, values)
         if self.warning:
             return status(self.name, WARN, self.warning, values)
         return status(self.name, OK, 'ok', values)
+
+    def _silence(self, silent_s: float, cause: Silence) -> tuple[bytes, str]:
+        told = f': {cause.text}' if cause.text else ''
+        if silent_s < math.inf:
+            return STALE, f'silent for {silent_s:.1f} s{told}'
+        # Who publishes in vain wanted to be heard, on an optional input too.
+        level = WARN if self.required or cause.mismatch else OK
+        remap = f'; remap to {cause.remap}?' if cause.remap else ''
+        return level, f'nothing received yet{told}{remap}'
 
 
 class StageMeter:
@@ -129,12 +153,17 @@ class DiagnosticsPublisher:
         self._node = node
         self._publisher = node.create_publisher(DiagnosticArray, '/diagnostics', 10)
 
-    def publish(self, lines: Iterable[DiagnosticStatus]) -> None:
-        """Send the lines with the present stamp."""
-        message = DiagnosticArray()
-        message.header.stamp = self._node.get_clock().now().to_msg()
+    def publish(
+        self, lines: Iterable[DiagnosticStatus], inputs: Iterable[InputMeter] = ()
+    ) -> None:
+        """Send the lines, and one for each input, with the present stamp."""
+        message, now = DiagnosticArray(), self._node.get_clock().now()
+        message.header.stamp = now.to_msg()
         prefix = self._node.get_fully_qualified_name().lstrip('/')
-        for line in lines:
+        # One look at the graph for all silent inputs, and none where there is no such input.
+        topics = cache(self._node.get_topic_names_and_types)
+        why = partial(why_silent, self._node, topics=topics)
+        for line in (*lines, *(meter.status(now.nanoseconds, why) for meter in inputs)):
             line.name = f'{prefix}: {line.name}'
             line.hardware_id = 'spanvla'
             message.status.append(line)

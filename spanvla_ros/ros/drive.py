@@ -47,6 +47,7 @@ from spanvla_ros.ros.parameters import (
     RecorderSettings,
     TownSettings,
 )
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.town.scenarios import FAMILIES, MIX
 from spanvla_ros.types import SCHEDULES, SpanvlaError
@@ -252,7 +253,7 @@ class Drive:
             args=[],
             signal_handler_options=SignalHandlerOptions.NO,
         )
-        node = rclpy.create_node('drive', namespace=NAMESPACE, context=context)
+        node = QuietNode('drive', namespace=NAMESPACE, context=context)
         latched = QoSProfile(
             depth=1,
             reliability=ReliabilityPolicy.RELIABLE,

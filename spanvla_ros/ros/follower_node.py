@@ -14,7 +14,6 @@ import time
 
 from nav_msgs.msg import Odometry
 from rclpy.duration import Duration
-from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
@@ -31,6 +30,7 @@ from spanvla_ros.ros.diagnostics import (
 )
 from spanvla_ros.ros.parameters import FollowerSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.ros.trajectory_bytes import trajectory_of_bytes
 from spanvla_ros.safety.follower import Follower, FollowerParameters
 from spanvla_ros.safety.state import load_vehicle
@@ -43,7 +43,7 @@ LAST_WORD = Duration(nanoseconds=300_000_000)
 FILL_IN_S = 0.4
 
 
-class FollowerNode(Node):
+class FollowerNode(QuietNode):
     """Pure pursuit and speed control on the bus, node name `follower`."""
 
     def __init__(self) -> None:
@@ -76,10 +76,7 @@ class FollowerNode(Node):
         self._control = CONTROLS[settings.control](self, car)
         self._command_lock = threading.Lock()
         self._sent_s = -FILL_IN_S
-        self.create_subscription(
-            MultiDOFJointTrajectory, 'output/trajectory', self._on_trajectory, RELIABLE, raw=True
-        )
-        self.create_subscription(Odometry, 'input/odometry', self._on_odometry, BEST_EFFORT)
+        self._subscribe()
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
         gc.collect()
@@ -87,6 +84,17 @@ class FollowerNode(Node):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name='command', daemon=True)
         self._thread.start()
+
+    def _subscribe(self) -> None:
+        trajectory, odometry = self._meters['trajectory'], self._meters['odometry']
+        trajectory.subscriptions.append(
+            self.create_subscription(
+                MultiDOFJointTrajectory, trajectory.name, self._on_trajectory, RELIABLE, raw=True
+            )
+        )
+        odometry.subscriptions.append(
+            self.create_subscription(Odometry, odometry.name, self._on_odometry, BEST_EFFORT)
+        )
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
@@ -156,11 +164,10 @@ class FollowerNode(Node):
         self._sent_s = time.monotonic()
 
     def _publish_diagnostics(self) -> None:
-        now_ns, reason = self._now_ns(), self._reason
+        reason = self._reason
         level, text = (OK, reason) if reason in FOLLOWS else (ERROR, f'braking: {reason}')
-        lines = [status('command', level, text, self._stages.values())]
-        lines += [meter.status(now_ns) for meter in self._meters.values()]
-        self._diagnostics.publish(lines)
+        line = status('command', level, text, self._stages.values())
+        self._diagnostics.publish([line], self._meters.values())
 
     def close(self) -> None:
         """Stop commanding, the brake being the last word."""

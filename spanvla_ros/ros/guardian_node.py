@@ -17,7 +17,6 @@ from contextlib import suppress
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
 from rclpy.duration import Duration
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
@@ -38,6 +37,7 @@ from spanvla_ros.ros.diagnostics import (
 from spanvla_ros.ros.parameters import GuardianSettings, declare
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.ros.publish import TrajectoryMessage, marker_message, path_message, state_json
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.safety.state import Guardian, GuardianOutput, GuardianParameters, load_vehicle
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -52,7 +52,7 @@ LAST_WORD = Duration(nanoseconds=300_000_000)
 LEVELS = {'STANDBY': OK, 'OK': OK, 'DEGRADED': WARN, 'FALLBACK': ERROR, 'FAULT': ERROR}
 
 
-class GuardianNode(Node):
+class GuardianNode(QuietNode):
     """The safety kernel on the bus, node name `guardian`."""
 
     def __init__(self) -> None:
@@ -92,17 +92,22 @@ class GuardianNode(Node):
         self._thread.start()
 
     def _make_topics(self) -> None:
-        publish, subscribe = self.create_publisher, self.create_subscription
+        publish = self.create_publisher
         self._trajectory_out = publish(MultiDOFJointTrajectory, 'output/trajectory', RELIABLE)
         self._path_out = publish(PathMessage, 'output/path', RELIABLE)
         self._markers_out = publish(MarkerArray, 'output/markers', RELIABLE)
         self._state_out = publish(String, 'output/state', LATCHED)
         self._autoware = AutowareTrajectory(self, RELIABLE) if self.settings.autoware else None
-        subscribe(Odometry, 'input/odometry', self._on_odometry, BEST_EFFORT)
-        # A bag offers its latched route as volatile, which a latched subscription never sees.
-        for profile in (LATCHED, RELIABLE):
-            subscribe(PathMessage, 'input/route', self._on_route, profile)
-        subscribe(String, 'plan', self._on_plan, RELIABLE)
+        for source, kind, callback, profile in (
+            ('odometry', Odometry, self._on_odometry, BEST_EFFORT),
+            # A bag offers its latched route as volatile, which a latched subscription never sees.
+            ('route', PathMessage, self._on_route, LATCHED),
+            ('route', PathMessage, self._on_route, RELIABLE),
+            ('plan', String, self._on_plan, RELIABLE),
+        ):
+            meter = self._meters[source]
+            subscription = self.create_subscription(kind, meter.name, callback, profile)
+            meter.subscriptions.append(subscription)
         self.create_service(Trigger, '~/reset', self._on_reset)
         self.create_service(SetBool, '~/set_enabled', self._on_set_enabled)
         self._diagnostics = DiagnosticsPublisher(self)
@@ -237,7 +242,6 @@ class GuardianNode(Node):
         self._stages.add(stages_ms)
 
     def _publish_diagnostics(self) -> None:
-        now_ns = self._now_ns()
         with self._lock:
             counts, output = self._guardian.counts, self._last
             values = {'plans_accepted': str(counts.accepted)}
@@ -248,8 +252,7 @@ class GuardianNode(Node):
         else:
             text = ': '.join((output.state, ', '.join(output.reasons))).rstrip(': ')
             lines = [status('state', LEVELS[output.state], text, values)]
-        lines += [meter.status(now_ns) for meter in self._meters.values()]
-        self._diagnostics.publish(lines)
+        self._diagnostics.publish(lines, self._meters.values())
 
     def close(self) -> None:
         """Stop publishing, after one last trajectory that stops the vehicle."""

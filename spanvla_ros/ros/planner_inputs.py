@@ -19,7 +19,6 @@ from typing import Any
 from geometry_msgs.msg import AccelWithCovarianceStamped
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 from std_msgs.msg import String
@@ -36,6 +35,7 @@ from spanvla_ros.ros.cdr import message_of_bytes
 from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.message_bytes import odometry_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.types import COMMANDS, CameraFrame, EgoState, Observation, Route
@@ -54,7 +54,7 @@ ODOMETRY = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
 class PlannerInputs:
     """Subscriptions of a planner apart from its cameras; silent until `use` names a builder."""
 
-    def __init__(self, node: Node, settings: PlannerSettings) -> None:
+    def __init__(self, node: QuietNode, settings: PlannerSettings) -> None:
         """Subscribe on `node`."""
         self._node = node
         self._frame, self._base_frame = settings.output_frame, settings.base_frame
@@ -71,18 +71,22 @@ class PlannerInputs:
         self._route = InputMeter('input/route', timeout_s, required=False)
         self._command = InputMeter('input/command', timeout_s, required=False)
         self._clock = InputMeter('clock', timeout_s, required=False)
-        subscribe = node.create_subscription
-        self._by_hand: list[tuple[Subscription[Any], Callable[[bytes, int], None]]] = [
-            (subscribe_by_hand(node, kind, topic, ODOMETRY), take_one)
-            for kind, topic, take_one in (
-                (AccelWithCovarianceStamped, 'input/acceleration', self._take_acceleration),
-                (Odometry, 'input/odometry', self._take_odometry),
-            )
-        ]
-        # A bag offers its latched route as volatile, which a latched subscription never sees.
-        for profile in (LATCHED, RELIABLE):
-            subscribe(PathMessage, 'input/route', self._on_route, profile)
-        subscribe(String, 'input/command', self._on_command, RELIABLE)
+        self._by_hand: list[tuple[Subscription[Any], Callable[[bytes, int], None]]] = []
+        for meter, kind, take_one in (
+            (self._acceleration, AccelWithCovarianceStamped, self._take_acceleration),
+            (self._odometry, Odometry, self._take_odometry),
+        ):
+            subscription = subscribe_by_hand(node, kind, meter.name, ODOMETRY)
+            meter.subscriptions.append(subscription)
+            self._by_hand.append((subscription, take_one))
+        for meter, kind, callback, profile in (
+            # A bag offers its latched route as volatile, which a latched subscription never sees.
+            (self._route, PathMessage, self._on_route, LATCHED),
+            (self._route, PathMessage, self._on_route, RELIABLE),
+            (self._command, String, self._on_command, RELIABLE),
+        ):
+            subscription = node.create_subscription(kind, meter.name, callback, profile)
+            meter.subscriptions.append(subscription)
 
     @property
     def meters(self) -> tuple[InputMeter, ...]:

@@ -39,6 +39,7 @@ from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.planner_inputs import PlannerInputs
 from spanvla_ros.ros.process import keep_freed_memory, run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.runtime.engines import Engine
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner
@@ -48,7 +49,7 @@ from spanvla_ros.types import CameraFrame, Plan, SpanvlaError
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 
 
-class PlannerNode(LifecycleNode):
+class PlannerNode(QuietNode, LifecycleNode):
     """Lifecycle node `planner`: configure loads and warms up, activate plans."""
 
     def __init__(self) -> None:
@@ -324,13 +325,11 @@ class PlannerNode(LifecycleNode):
 
     def _publish_diagnostics(self) -> None:
         self._inputs.watch_clock()
-        now_ns = self._now_ns()
         meters = [*self._inputs.meters]
         cameras, model = self._cameras, self._model
         if cameras is not None:
             for intake in cameras.intakes.values():
                 meters += [intake.meter, intake.info_meter]
-        lines = [meter.status(now_ns) for meter in meters]
         values = {'plans': str(self._plans), **self._stages.values()}
         if model is not None:
             values |= {
@@ -355,8 +354,7 @@ class PlannerNode(LifecycleNode):
             level, text = WARN, model.meter.alarm
         else:
             level, text = OK, 'ok'
-        lines.append(status('plan', level, text, values))
-        self._diagnostics.publish(lines)
+        self._diagnostics.publish([status('plan', level, text, values)], meters)
 
 
 def _engine_names(model: Planner) -> str:

@@ -23,7 +23,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import AccelWithCovarianceStamped, Twist
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -37,6 +36,8 @@ from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
 from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, InputMeter, status
 from spanvla_ros.ros.parameters import RecorderSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.silence import type_name
 from spanvla_ros.safety.clock import CLOCK_BACKWARDS, ClockWatch
 
 DEPTH = 100
@@ -125,7 +126,7 @@ class Recent:
             self._bytes -= len(self.items.popleft()[3])
 
 
-class RecorderNode(Node):
+class RecorderNode(QuietNode):
     """Records the driving topics, node name `recorder`."""
 
     def __init__(self) -> None:
@@ -161,13 +162,10 @@ class RecorderNode(Node):
 
     def _record(self, topic: str, kind: type, profiles: tuple[QoSProfile, ...]) -> None:
         name = self.resolve_topic_name(topic)
-        package = kind.__module__.split('.')[0]
         latest = [b''] if len(profiles) > 1 else None
         for profile in profiles:
             subscription = subscribe_by_hand(self, kind, topic, profile)
-            self._sources.append(
-                Source(name, f'{package}/msg/{kind.__name__}', subscription, latest)
-            )
+            self._sources.append(Source(name, type_name(kind), subscription, latest))
 
     def _take(self) -> None:
         """Hand what has come to the writer, in the order of reception."""

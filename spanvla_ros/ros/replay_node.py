@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rclpy.duration import Duration
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from rosbags.highlevel import AnyReader
@@ -27,6 +26,7 @@ from spanvla_ros.replay.bag import open_bag
 from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, StageMeter, status
 from spanvla_ros.ros.parameters import ReplaySettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.types import SpanvlaError
 
 CLOCK = '/clock'
@@ -88,7 +88,7 @@ class Track:
     latched: bool
 
 
-class ReplayNode(Node):
+class ReplayNode(QuietNode):
     """Plays a bag, node name `replay`."""
 
     def __init__(self) -> None:

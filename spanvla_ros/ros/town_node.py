@@ -23,7 +23,6 @@ import cv2
 import numpy as np
 from geometry_msgs.msg import PoseStamped, Twist
 from nav_msgs.msg import Odometry, Path
-from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -41,6 +40,7 @@ from spanvla_ros.ros.diagnostics import (
 )
 from spanvla_ros.ros.parameters import TownSettings, declare
 from spanvla_ros.ros.process import run_node
+from spanvla_ros.ros.quiet_node import QuietNode
 from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.scoring.scene import scene_to_json
@@ -83,7 +83,7 @@ class Truth:
     with_map: bool
 
 
-class TownNode(Node):
+class TownNode(QuietNode):
     """Real-time town, node name `town`."""
 
     def __init__(self) -> None:
@@ -163,8 +163,7 @@ class TownNode(Node):
             **self._meter.values(),
         }
         level, text = (OK, 'ok') if self._moving else (WARN, 'waiting for the driver')
-        clock = self._clock_meter.status(self.get_clock().now().nanoseconds)
-        self._diagnostics.publish([status('world', level, text, values), clock])
+        self._diagnostics.publish([status('world', level, text, values)], [self._clock_meter])
 
     # Physics thread.
 

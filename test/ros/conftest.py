@@ -18,7 +18,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage
-from rclpy.event_handler import PublisherEventCallbacks
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
@@ -26,6 +25,7 @@ from rclpy.time import Time
 from sensor_msgs.msg import Image
 
 from spanvla_ros.ros.children import NAMESPACE, NodeProcess, private_domain, private_environment
+from spanvla_ros.ros.quiet_node import QuietNode
 
 with warnings.catch_warnings():
     # The message generator's parser library still imports a module that Python has deprecated.
@@ -65,7 +65,8 @@ class Bus:
             args=[],
             signal_handler_options=SignalHandlerOptions.NO,
         )
-        self.node = rclpy.create_node('test', namespace=NAMESPACE, context=self.context)
+        # rclpy's default answer to a QoS mismatch is itself a deprecated call.
+        self.node = QuietNode('test', namespace=NAMESPACE, context=self.context)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
         self.lines: dict[str, Any] = {}
@@ -85,11 +86,7 @@ class Bus:
 
     def publish(self, topic: str, message: Any, profile: Any = 10) -> None:
         if topic not in self._publishers:
-            # The default answer to a QoS mismatch is itself a deprecated call.
-            quiet = PublisherEventCallbacks(use_default_callbacks=False)
-            self._publishers[topic] = self.node.create_publisher(
-                type(message), topic, profile, event_callbacks=quiet
-            )
+            self._publishers[topic] = self.node.create_publisher(type(message), topic, profile)
         self._publishers[topic].publish(message)
 
     @property
@@ -186,6 +183,17 @@ def launch(domain: int, tmp_path_factory) -> Iterator[Callable[..., NodeProcess]
         process.interrupt()
     for process in started:
         process.wait(8.0)
+
+
+@pytest.fixture(scope='session')
+def long_road(tmp_path_factory) -> Path:
+    """An OpenDRIVE map of one road of 400 m."""
+    text = (ROOT / 'test' / 'data' / 'opendrive' / 'shapes.xodr').read_text()
+    start = text.index('  <road name="1"')
+    road = text[start : text.index('</road>', start) + 7].replace('60', '400')
+    path = tmp_path_factory.mktemp('map') / 'long.xodr'
+    path.write_text(f'<OpenDRIVE>{road}</OpenDRIVE>')
+    return path
 
 
 def straight(length_m: float = 200.0) -> list[tuple[float, float]]:

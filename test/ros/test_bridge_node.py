@@ -1,7 +1,5 @@
 """The stand-in's synchronous ticks over real DDS: bridge, carla, guardian and follower."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from geometry_msgs.msg import Twist
@@ -9,19 +7,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image
 
-MAP = Path(__file__).resolve().parents[1] / 'data' / 'opendrive' / 'shapes.xodr'
 RELIABLE = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
 WAIT_S = 120.0
-
-
-@pytest.fixture(scope='module')
-def long_road(tmp_path_factory):
-    text = MAP.read_text()
-    start = text.index('  <road name="1"')
-    road = text[start : text.index('</road>', start) + 7].replace('60', '400')
-    path = tmp_path_factory.mktemp('map') / 'long.xodr'
-    path.write_text(f'<OpenDRIVE>{road}</OpenDRIVE>')
-    return path
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import pytest
-import rclpy
 from rclpy.time import Time
 from sensor_msgs.msg import CameraInfo, Image
 
@@ -14,6 +13,7 @@ from spanvla_ros.ros.camera_inputs import WAITING, CameraInputs
 from spanvla_ros.ros.children import NAMESPACE
 from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.parameters import PlannerSettings
+from spanvla_ros.ros.quiet_node import QuietNode
 
 T_NS = 1_700_000_000_000_000_000
 MS = 1_000_000
@@ -24,7 +24,7 @@ class Rig:
     """A publisher for each topic of a camera, and the planner's end of them."""
 
     def __init__(self, bus) -> None:
-        self.node = rclpy.create_node('inputs', namespace=NAMESPACE, context=bus.context)
+        self.node = QuietNode('inputs', namespace=NAMESPACE, context=bus.context)
         self.bus = bus
         settings = PlannerSettings()
         self.inputs = CameraInputs(

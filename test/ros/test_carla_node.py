@@ -54,6 +54,12 @@ def carla(bus, launch):
     return Carla(bus, launch)
 
 
+def test_odometry_that_nobody_publishes_is_told(carla):
+    line = 'carla: /carla/hero/odometry'
+    nobody = 'nobody publishes /carla/hero/odometry'
+    carla.bus.wait(lambda: carla.bus.shows(line, nobody), lambda: None, WAIT_S)
+
+
 def test_odometry_comes_out_at_the_rear_axle(carla):
     carla.bus.wait(lambda: carla.odometries, carla.odometry, WAIT_S)
     message = carla.odometries[-1]

@@ -81,6 +81,8 @@ def test_it_brakes_from_the_first_moment_on(follow):
     follow.bus.wait(lambda: len(follow.twists) > 5, lambda: None)
     assert all(twist.linear.x == 0.0 for twist in follow.twists)
     follow.until_braking(follow.odometry, 'no_trajectory')
+    nobody = 'nobody publishes /spanvla/output/trajectory'
+    assert follow.bus.shows('follower: output/trajectory', nobody)
 
 
 def test_it_follows(follow):

@@ -7,6 +7,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from diagnostic_msgs.msg import DiagnosticStatus
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -48,6 +49,19 @@ def test_a_plan_is_what_the_guardian_reads(bus, drive):
 
 def test_a_missing_camera_is_named(bus, drive):
     bus.wait(lambda: bus.shows('planner: plan', 'camera_missing:front_left'), drive[2])
+
+
+def test_an_input_that_nobody_publishes_is_told(bus, drive):
+    said = {name.rpartition(' ')[2]: line for name, line in bus.lines.items() if 'planner' in name}
+    assert said['input/command'].level == DiagnosticStatus.OK
+    nobody = 'nothing received yet: nobody publishes /spanvla/input'
+    assert said['input/command'].message == f'{nobody}/command'
+    # The other pictures of the right type are another camera's, and it has them already.
+    left = f'{nobody}/front_left/image or /spanvla/input/front_left/image/compressed'
+    assert said['input/front_left/image'].message == left
+    assert said['input/front_left/image'].level == DiagnosticStatus.WARN
+    assert said['input/front_left/camera_info'].level == DiagnosticStatus.OK
+    assert said['input/front/image'].message == 'ok'
 
 
 def with_change(message: Image, **change: object) -> Image:
