@@ -20,7 +20,7 @@ from spanvla_ros.autoware import MAP_FRAME, read_engaged, read_mrm, read_route_p
 from spanvla_ros.ros.autoware import autoware_class
 from spanvla_ros.ros.diagnostics import DiagnosticsPublisher, InputMeter
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.types import SpanvlaError
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)

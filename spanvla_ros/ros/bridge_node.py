@@ -22,7 +22,7 @@ from spanvla_ros.ros.controls import CARLA, message_class
 from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, status
 from spanvla_ros.ros.parameters import BridgeSettings, declare
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.town.bodies import Paint
 from spanvla_ros.town.carla_stand_in import StandIn, Topic

@@ -14,7 +14,7 @@ from rclpy.callback_groups import CallbackGroup
 from rclpy.qos import QoSProfile
 from rclpy.subscription import Subscription
 
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 
 
 def subscribe_by_hand(

@@ -35,7 +35,7 @@ from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.message_bytes import compressed_image_of_bytes, image_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.runtime.virtual_camera import Mount, VirtualCamera, centered
 from spanvla_ros.types import CameraFrame
 

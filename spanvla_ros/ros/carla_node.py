@@ -19,7 +19,7 @@ from spanvla_ros.messages import MessageError, read_odometry, read_route
 from spanvla_ros.ros.diagnostics import DiagnosticsPublisher, InputMeter
 from spanvla_ros.ros.parameters import CarlaSettings, declare
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 
 # The bridge publishes reliably, ten deep.
 BRIDGE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)

@@ -47,7 +47,7 @@ from spanvla_ros.ros.parameters import (
     RecorderSettings,
     TownSettings,
 )
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.town.scenarios import FAMILIES, MIX
 from spanvla_ros.types import SCHEDULES, SpanvlaError

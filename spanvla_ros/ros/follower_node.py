@@ -30,7 +30,7 @@ from spanvla_ros.ros.diagnostics import (
 )
 from spanvla_ros.ros.parameters import FollowerSettings, declare
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.ros.trajectory_bytes import trajectory_of_bytes
 from spanvla_ros.safety.follower import Follower, FollowerParameters
 from spanvla_ros.safety.state import load_vehicle

@@ -37,7 +37,7 @@ from spanvla_ros.ros.diagnostics import (
 from spanvla_ros.ros.parameters import GuardianSettings, declare
 from spanvla_ros.ros.process import run_node
 from spanvla_ros.ros.publish import TrajectoryMessage, marker_message, path_message, state_json
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.safety.state import Guardian, GuardianOutput, GuardianParameters, load_vehicle
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)

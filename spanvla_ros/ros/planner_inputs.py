@@ -35,7 +35,7 @@ from spanvla_ros.ros.cdr import message_of_bytes
 from spanvla_ros.ros.diagnostics import InputMeter
 from spanvla_ros.ros.message_bytes import odometry_of_bytes
 from spanvla_ros.ros.parameters import PlannerSettings
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.types import COMMANDS, CameraFrame, EgoState, Observation, Route

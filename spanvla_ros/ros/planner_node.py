@@ -39,7 +39,7 @@ from spanvla_ros.ros.overlay import draw_overlay, reasoning_json
 from spanvla_ros.ros.parameters import PlannerSettings, declare
 from spanvla_ros.ros.planner_inputs import PlannerInputs
 from spanvla_ros.ros.process import keep_freed_memory, run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.runtime.engines import Engine
 from spanvla_ros.runtime.observations import ObservationBuilder
 from spanvla_ros.runtime.planner import Planner

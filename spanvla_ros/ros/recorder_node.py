@@ -36,7 +36,7 @@ from spanvla_ros.ros.by_hand import subscribe_by_hand, taken
 from spanvla_ros.ros.diagnostics import ERROR, OK, DiagnosticsPublisher, InputMeter, status
 from spanvla_ros.ros.parameters import RecorderSettings, declare
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.ros.silence import type_name
 from spanvla_ros.safety.clock import CLOCK_BACKWARDS, ClockWatch
 

@@ -26,7 +26,7 @@ from spanvla_ros.replay.bag import open_bag
 from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, StageMeter, status
 from spanvla_ros.ros.parameters import ReplaySettings, declare
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.types import SpanvlaError
 
 CLOCK = '/clock'

@@ -40,7 +40,7 @@ from spanvla_ros.ros.diagnostics import (
 )
 from spanvla_ros.ros.parameters import TownSettings, declare
 from spanvla_ros.ros.process import run_node
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.safety.clock import ClockWatch
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.scoring.scene import scene_to_json

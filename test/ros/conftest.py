@@ -25,7 +25,7 @@ from rclpy.time import Time
 from sensor_msgs.msg import Image
 
 from spanvla_ros.ros.children import NAMESPACE, NodeProcess, private_domain, private_environment
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 
 with warnings.catch_warnings():
     # The message generator's parser library still imports a module that Python has deprecated.

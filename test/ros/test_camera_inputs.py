@@ -13,7 +13,7 @@ from spanvla_ros.ros.camera_inputs import WAITING, CameraInputs
 from spanvla_ros.ros.children import NAMESPACE
 from spanvla_ros.ros.extrinsics import Extrinsics
 from spanvla_ros.ros.parameters import PlannerSettings
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 
 T_NS = 1_700_000_000_000_000_000
 MS = 1_000_000

@@ -17,7 +17,7 @@ from std_msgs.msg import String
 
 from spanvla_ros.ros.children import NAMESPACE
 from spanvla_ros.ros.diagnostics import ERROR, OK, STALE, WARN, InputMeter
-from spanvla_ros.ros.quiet_node import QuietNode
+from spanvla_ros.ros.quiet import QuietNode
 from spanvla_ros.ros.silence import Silence, why_silent
 
 LATCHED = QoSProfile(
