@@ -112,7 +112,8 @@ def _alike(
     if group[0].topic.startswith(LINKS):
         return []
     kind, parts = type_name(group[0].msg_type), topic.split('/')
-    own = {end.topic_name for end in (*node.subscriptions, *node.publishers)}
+    own = {heard.topic_name for heard in node.subscriptions}
+    own |= {said.topic_name for said in node.publishers}
     shared = {
         name: len({*parts} & {*name.split('/')})
         for name, kinds in topics()

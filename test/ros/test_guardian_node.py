@@ -319,7 +319,7 @@ def test_starting_is_silent_but_diagnosed_and_the_end_is_a_stop(launch, bus, dri
             message: Odometry = bus.odometry(speed_mps=5.0)
             bus.publish('/other/input/odometry', message, 50)
 
-        bus.wait(lambda: len(heard) > 5, feed)
+        bus.wait(lambda: len(heard) > 5 and states, feed)
         log.send_signal(signal.SIGTERM)
         log.send_signal(signal.SIGINT)
         bus.wait(lambda: log.poll() is not None, lambda: None)
