@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rclpy.node import Node
 from rclpy.qos import (
@@ -19,7 +19,9 @@ from rclpy.qos import (
     qos_check_compatible,
 )
 from rclpy.subscription import Subscription
-from rclpy.topic_endpoint_info import TopicEndpointInfo
+
+if TYPE_CHECKING:
+    from rclpy.topic_endpoint_info import TopicEndpointInfo
 
 # Names and types of all topics of the graph.
 Topics = Callable[[], Sequence[tuple[str, Sequence[str]]]]
