@@ -16,7 +16,7 @@ from typing import Any
 
 from spanvla_ros.model.checkpoint import load_model_dir, shipped_model_dir, write_text
 from spanvla_ros.model.config import CameraSpec
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.types import SpanvlaError, read_json
 
 CAMERA = 'sensor.camera.rgb'
 PSEUDO_SENSORS = (
@@ -170,11 +170,8 @@ def _faults(found: dict[str, Any], camera: CameraSpec, origin_ahead_m: float) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise SpanvlaError(f'{path}: not JSON ({error})') from error
-    if not isinstance(content, dict) or not isinstance(content.get('objects'), list):
+    content = read_json(path, 'name a rig of the ros-bridge')
+    if not isinstance(content.get('objects'), list):
         raise SpanvlaError(f'{path}: no list "objects"; it is not a rig of the ros-bridge')
     for item in content['objects']:
         sensors = item.get('sensors', []) if isinstance(item, dict) else None

@@ -474,6 +474,23 @@ def read_yaml(path: str | Path, what: str) -> Any:
         raise SpanvlaError(f'{path}: not valid YAML ({line}); mend that line') from error
 
 
+def read_json(path: str | Path, fix: str) -> dict[str, Any]:
+    """The mapping in a JSON file; `fix` is said where there is none.
+
+    Raises:
+        SpanvlaError: no such file, not JSON, nested too deeply, or no mapping.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise SpanvlaError(f'{path}: {error.strerror}; {fix}') from error
+    except (ValueError, RecursionError) as error:
+        raise SpanvlaError(f'{path}: not valid JSON ({error}); {fix}') from error
+    if not isinstance(content, dict):
+        raise SpanvlaError(f'{path}: not a JSON mapping; {fix}')
+    return content
+
+
 def is_finite_number(value: object) -> TypeGuard[int | float]:
     """Whether a value of a file is a number that can be used; YAML's `true` is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

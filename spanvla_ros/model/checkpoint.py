@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from spanvla_ros.model.config import CONFIG_FILE, ModelConfig, load_config
-from spanvla_ros.types import MissingExtraError, SpanvlaError
+from spanvla_ros.types import MissingExtraError, SpanvlaError, read_json
 
 MANIFEST_FILE = 'manifest.json'
 MANIFEST_VERSION = 1
@@ -278,18 +278,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise SpanvlaError(f'{path}: missing or a link; every model directory needs its manifest')
     if path.stat().st_size > MANIFEST_MAX_BYTES:
         raise SpanvlaError(f'{path}: longer than {MANIFEST_MAX_BYTES} bytes; not a manifest')
-    try:
-        manifest = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpanvlaError(f'{path}: not valid JSON; fetch the model again') from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get('files'), dict):
+    manifest = read_json(path, 'fetch the model again')
+    if not isinstance(manifest.get('files'), dict):
         raise SpanvlaError(f'{path}: lists no files; fetch the model again')
     if manifest.get('manifest_version') != MANIFEST_VERSION:
         raise SpanvlaError(f'{path}: manifest_version is not {MANIFEST_VERSION}; export it again')
     for part in ('training', 'scores', 'graph_notes'):
         if not isinstance(manifest.get(part, {}), dict):
             raise SpanvlaError(f'{path}: {part} is not a mapping; export it again')
+    stages = manifest.get('training', {}).get('stages', [])
+    if not isinstance(stages, list) or not all(map(_is_stage, stages)):
+        raise SpanvlaError(f'{path}: stages of training are not a list of them; export it again')
     return manifest
+
+
+def _is_stage(stage: object) -> bool:
+    return isinstance(stage, dict) and isinstance(stage.get('settings', {}), dict)
 
 
 def _check_name(folder: Path, name: str) -> None:

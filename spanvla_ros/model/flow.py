@@ -22,7 +22,7 @@ from spanvla_ros.geometry import wrap_angle
 from spanvla_ros.model.action_tokens import CODEBOOK_FILE, ActionCodebook, load_codebook
 from spanvla_ros.model.checkpoint import write_text
 from spanvla_ros.model.config import SOURCES, ModelConfig
-from spanvla_ros.types import Observation, SpanvlaError
+from spanvla_ros.types import Observation, SpanvlaError, read_json
 
 NORMALIZATION_FILE = 'normalization.json'
 TIME_FEATURES = 128
@@ -58,12 +58,12 @@ class Normalization:
 def load_normalization(model_dir: str | Path, config: ModelConfig) -> Normalization:
     """Read `normalization.json`, and the codebook where there is one; check both."""
     path = Path(model_dir) / NORMALIZATION_FILE
+    raw = read_json(path, 'train or fetch the model')
     try:
-        raw = json.loads(path.read_text(encoding='utf-8'))
         std = np.asarray(raw['std'], dtype=np.float64)
         source = raw['source']
         anchors = np.asarray(raw['anchors'], dtype=np.float64) if 'anchors' in raw else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise SpanvlaError(f'{path}: not readable ({error}); train or fetch the model') from error
     if std.shape != (config.waypoints, 3) or not (np.isfinite(std).all() and (std > 0).all()):
         raise SpanvlaError(f'{path}: std must be {config.waypoints} x 3 positive numbers')

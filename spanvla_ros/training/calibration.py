@@ -6,7 +6,6 @@ board: each row is planned once as the `off` schedule does it and once with its 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from spanvla_ros.runtime.eight_bit import Calibration, Feed
 from spanvla_ros.runtime.onnx_ import INPUTS, OnnxBackend
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.town.scenarios import HELD_OUT_SEED
-from spanvla_ros.training.data.scenes import MANIFEST
-from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.data.shards import ShardSet, read_origin
 from spanvla_ros.types import SpanvlaError
 
 ROWS = 64
@@ -62,10 +60,8 @@ def record_inputs(directory: ModelDirectory, scenes: Path, rows: int = ROWS) -> 
 
 
 def _check_scenes(shards: ShardSet, directory: ModelDirectory) -> None:
-    manifest = shards.path / MANIFEST
     shards.check_cameras(directory.config.camera_names)
-    drawn = json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else {}
-    if drawn.get('seed', 0) >= HELD_OUT_SEED:
+    if (read_origin(shards.path).seed or 0) >= HELD_OUT_SEED:
         raise SpanvlaError(
             f'{shards.path}: is held out for evaluation; calibrate on scenes of a seed below '
             f'{HELD_OUT_SEED}'

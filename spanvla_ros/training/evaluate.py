@@ -35,9 +35,8 @@ from spanvla_ros.training.contestants import (
     in_parallel,
     open_planner,
 )
-from spanvla_ros.training.data.scenes import MANIFEST
 from spanvla_ros.training.data.scoring_rows import unpack_scene
-from spanvla_ros.training.data.shards import ShardSet, TrainingRow
+from spanvla_ros.training.data.shards import Origin, ShardSet, TrainingRow, read_origin
 from spanvla_ros.training.evaluation_page import write_evaluation_page
 from spanvla_ros.training.intervals import NOTHING, Estimate
 from spanvla_ros.training.open_loop import OpenLoop
@@ -150,7 +149,7 @@ def evaluate(wanted: Evaluation) -> Content:
         )
     wanted.out.mkdir(parents=True, exist_ok=True)
     config = open_planner(wanted.model).config
-    shards = ShardSet(wanted.scenes)
+    shards, origin = ShardSet(wanted.scenes), read_origin(wanted.scenes)
     _check_scenes(shards, config, wanted.scenes)
     if not wanted.families:
         present = tuple(f for f in FAMILIES if f in set(shards.families))
@@ -181,7 +180,7 @@ def evaluate(wanted: Evaluation) -> Content:
             open_loop.differences(every[MODEL], every[TWIN])
         )
     summary.update(_closed_loop(wanted, config))
-    summary['stamp'] = stamp(wanted, shards, chosen)
+    summary['stamp'] = stamp(wanted, shards, origin, chosen)
     if tables:
         summary['stamp']['scored_with'] = SCORED_WITH
     summary = {**_top(summary), **summary}
@@ -211,11 +210,9 @@ def choose_rows(shards: ShardSet, families: Sequence[str], limit: int) -> np.nda
     return np.sort(np.concatenate([alone, np.array(together, dtype=np.int64)]))
 
 
-def stamp(wanted: Evaluation, shards: ShardSet, chosen: np.ndarray) -> Content:
+def stamp(wanted: Evaluation, shards: ShardSet, origin: Origin, chosen: np.ndarray) -> Content:
     """What made the numbers."""
     planner = open_planner(wanted.model)
-    manifest = wanted.scenes / MANIFEST
-    drawn = json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else {}
     return {
         'version': __version__,
         'model': wanted.model.path.name,
@@ -226,9 +223,9 @@ def stamp(wanted: Evaluation, shards: ShardSet, chosen: np.ndarray) -> Content:
         'schedule': planner.schedule,
         'steps': planner.steps,
         'samples': 'single',
-        'scenes_sha256': _sha256(manifest) if manifest.exists() else None,
-        'scenes_seed': drawn.get('seed'),
-        'scenes_ranges_sha256': drawn.get('ranges_sha256'),
+        'scenes_sha256': origin.manifest_sha256,
+        'scenes_seed': origin.seed,
+        'scenes_ranges_sha256': origin.ranges_sha256,
         'rows': len(chosen),
         'rows_in_set': len(shards),
         'families': list(wanted.families),
@@ -485,10 +482,6 @@ def _span(estimate: Content) -> str:
     if estimate['mean'] is None:
         return '-'
     return f'{estimate["mean"]:.2f} [{estimate["low"]:.2f}, {estimate["high"]:.2f}]'
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_json(path: Path, content: Content) -> None:

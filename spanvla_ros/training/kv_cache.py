@@ -31,7 +31,7 @@ from spanvla_ros.training.batches import Batch, make_batch
 from spanvla_ros.training.data.shards import ShardSet
 from spanvla_ros.training.settings import TrainSettings
 from spanvla_ros.training.stages.sft import run_backbone
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.types import SpanvlaError, read_json
 
 CHUNK = 32
 ABOUT_FILE = 'cache.json'
@@ -102,7 +102,7 @@ def open_cache(
     about = _about(policy, shards, rows, settings)
     batches = _batches(policy, shards, rows, settings)
     if (folder / ABOUT_FILE).exists():
-        found = json.loads((folder / ABOUT_FILE).read_text(encoding='utf-8'))
+        found = read_json(folder / ABOUT_FILE, 'remove the folder, it is made again')
         if odd := sorted(name for name in about if found.get(name) != about[name]):
             raise SpanvlaError(
                 f'{folder}: holds K/V of another {", ".join(odd)}; name another --set cache=DIR'

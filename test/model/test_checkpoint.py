@@ -107,6 +107,9 @@ def test_files_that_can_run_are_refused_on_both_ends(model, name):
         (lambda c: c.update(files=[]), 'no files'),
         (lambda c: c.update(training=3), 'training'),
         (lambda c: c['files'].update({'config.yaml': 5}), 'sha256'),
+        (lambda c: c.update(training={'stages': 3}), 'stages'),
+        (lambda c: c.update(training={'stages': ['sft']}), 'stages'),
+        (lambda c: c.update(training={'stages': [{'settings': None}]}), 'stages'),
     ],
 )
 def test_odd_manifests_are_refused(model, change, words):
@@ -118,9 +121,10 @@ def test_odd_manifests_are_refused(model, change, words):
 def test_no_manifest_no_directory_no_json(model, tmp_path):
     with pytest.raises(SpanvlaError, match='no model directory'):
         load_model_dir(tmp_path / 'nowhere')
-    (model / 'manifest.json').write_text('{')
-    with pytest.raises(SpanvlaError, match='JSON'):
-        verify(model)
+    for content in (b'{', b'', b'\xff', b'[]', b'[' * 100_000):
+        (model / 'manifest.json').write_bytes(content)
+        with pytest.raises(SpanvlaError, match='JSON'):
+            verify(model)
     (model / 'manifest.json').unlink()
     with pytest.raises(SpanvlaError, match='missing'):
         verify(model)

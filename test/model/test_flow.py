@@ -146,6 +146,8 @@ def test_the_normalisation_file(tmp_path):
         (tmp_path / 'normalization.json').write_text(json.dumps(content))
         with pytest.raises(SpanvlaError, match=words):
             load_normalization(tmp_path, CONFIG)
-    (tmp_path / 'normalization.json').write_text('[')
-    with pytest.raises(SpanvlaError, match='not readable'):
-        load_normalization(tmp_path, CONFIG)
+    huge = json.dumps({'source': 'history', 'std': [[10**400] * 3] * 10}).encode()
+    for content in (b'', b'[', b'[]', b'\xff', b'[' * 100_000, b'{"std": null}', b'{}', huge):
+        (tmp_path / 'normalization.json').write_bytes(content)
+        with pytest.raises(SpanvlaError, match=r'normalization\.json: .*; train or fetch'):
+            load_normalization(tmp_path, CONFIG)

@@ -149,7 +149,7 @@ def test_unknown_models_and_other_pixels_are_refused(folder):
     with pytest.raises(SpanvlaError, match="model_type is 'mamba'; known backbones are"):
         check_folder(folder)
     (folder / 'config.json').write_text('{')
-    with pytest.raises(SpanvlaError, match='not readable as JSON'):
+    with pytest.raises(SpanvlaError, match='not valid JSON'):
         check_folder(folder)
 
 

@@ -10,7 +10,7 @@ from spanvla_ros.model.checkpoint import GRAPHS, load_model_dir, shipped_model_d
 from spanvla_ros.runtime.onnx_ import INPUTS, OnnxBackend
 from spanvla_ros.town.scenarios import HELD_OUT_SEED
 from spanvla_ros.training.calibration import CALLS_PER_ROW, record_inputs
-from spanvla_ros.training.data.scenes import MANIFEST
+from spanvla_ros.training.data.shards import MANIFEST
 from spanvla_ros.types import SpanvlaError
 
 
@@ -40,4 +40,7 @@ def test_held_out_scenes_are_refused(model, tmp_path):
     scenes = write_shards(tmp_path / 'scenes', 2, 0)
     (scenes / MANIFEST).write_text(json.dumps({'seed': HELD_OUT_SEED}))
     with pytest.raises(SpanvlaError, match='held out'):
+        record_inputs(model, scenes)
+    (scenes / MANIFEST).write_text('{"seed": ')
+    with pytest.raises(SpanvlaError, match=r'manifest\.json: not valid JSON .*; run the command'):
         record_inputs(model, scenes)

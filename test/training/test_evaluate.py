@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from random_rows import write_shards
 from runtime.conftest import build_toy
 
 from spanvla_ros import cli
 from spanvla_ros.model.config import ModelConfig
 from spanvla_ros.town.scenarios import Ranges
-from spanvla_ros.training import closed_loop
+from spanvla_ros.training import closed_loop, evaluate
 from spanvla_ros.training.bridge_check import swapped_layers
 from spanvla_ros.training.closed_loop import Episode, EpisodeBook
 from spanvla_ros.training.contestants import Contestant, is_blind, open_planner
@@ -145,6 +146,18 @@ def test_a_fault_of_the_user_is_one_sentence(model, scenes, tmp_path, capsys, mo
     assert code == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert fault in said[-1]
+
+
+def test_a_damaged_manifest_is_one_sentence_before_anything_is_planned(
+    model, tmp_path, capsys, monkeypatch
+):
+    scenes = write_shards(tmp_path / 'scenes', 2, 0)
+    (scenes / 'manifest.json').write_text('{"seed": "1000000"}')
+    monkeypatch.setattr(evaluate, '_planned', lambda *_: pytest.fail('planned already'))
+    assert measured(model, scenes, tmp_path / 'out')[0] == 2
+    error = capsys.readouterr().err
+    assert 'manifest.json: seed is' in error
+    assert error.count('\n') == 1
 
 
 def test_each_layer_of_the_bridge_gets_the_other_scene(model, scenes):

@@ -6,8 +6,6 @@ outside the folder, nothing from the network.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from spanvla_ros.model.backbone import BACKBONES
 from spanvla_ros.model.prompt import MARKS, read_tokenizer
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.types import SpanvlaError, read_json
 
 transformers_logging.disable_progress_bar()
 
@@ -35,7 +33,7 @@ def is_network_folder(folder: str | Path) -> bool:
 
 def family_of(folder: str | Path) -> str:
     """The family of a folder, by the `model_type` of its config.json."""
-    content = _read_json(Path(folder) / CONFIG_JSON)
+    content = read_json(Path(folder) / CONFIG_JSON, 'fetch it again')
     kind = content.get('model_type')
     if kind not in BACKBONES:
         raise SpanvlaError(
@@ -103,7 +101,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / WEIGHTS,)
     if not (folder / INDEX).is_file():
         raise SpanvlaError(f'{folder}: holds no {WEIGHTS}; fetch the folder again')
-    index = _read_json(folder / INDEX).get('weight_map')
+    index = read_json(folder / INDEX, 'fetch it again').get('weight_map')
     if not isinstance(index, dict) or not index:
         raise SpanvlaError(f'{folder}: {INDEX} names no weights; fetch the folder again')
     names = sorted(set(index.values()), key=str)
@@ -164,7 +162,7 @@ def _check_pixels(folder: Path, family: str) -> None:
     """A folder whose pictures are scaled otherwise than its family's would see wrongly."""
     if not (folder / PREPROCESSOR_JSON).is_file():
         return
-    content = _read_json(folder / PREPROCESSOR_JSON)
+    content = read_json(folder / PREPROCESSOR_JSON, 'fetch it again')
     kind = BACKBONES[family]
     for name, ours in (('image_mean', kind.pixel_mean), ('image_std', kind.pixel_std)):
         theirs = content.get(name, ours)
@@ -173,13 +171,3 @@ def _check_pixels(folder: Path, family: str) -> None:
                 f'{folder}: {PREPROCESSOR_JSON} has {name} {theirs}, {family} is run with '
                 f'{list(ours)}; use a folder with these'
             )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpanvlaError(f'{path}: not readable as JSON; fetch it again') from error
-    if not isinstance(content, dict):
-        raise SpanvlaError(f'{path}: not a JSON mapping; fetch it again')
-    return content

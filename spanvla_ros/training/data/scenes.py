@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -47,9 +48,9 @@ from spanvla_ros.town.snapshots import (
 from spanvla_ros.training.contestants import Contestant, open_planner
 from spanvla_ros.training.data.mistakes import mistakes_at
 from spanvla_ros.training.data.rows import RowMaker, lags_s, observe
-from spanvla_ros.training.data.shards import FACTS, TrainingRow, write_shard
+from spanvla_ros.training.data.shards import FACTS, MANIFEST, TrainingRow, write_shard
 from spanvla_ros.training.open_loop import plan_alone
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.types import SpanvlaError, read_json
 
 # Hazards are rarer than free road; a model that meets them too seldom learns to ignore them.
 SHARES = {
@@ -108,7 +109,6 @@ NEW_PAIR_STRIDE = 8
 MISTAKE = 'mistake'
 MISTAKE_SEED_OFFSET = 700_000
 MISTAKES_PER_DRIVE = 2
-MANIFEST = 'manifest.json'
 REQUEST = 'request.json'
 _SCHEMA_VERSION = 1
 
@@ -433,7 +433,7 @@ def _claim(request: SceneRequest, out: Path) -> None:
     wanted = json.loads(json.dumps(_describe(request)))
     path = out / REQUEST
     if path.exists():
-        found = json.loads(path.read_text(encoding='utf-8'))
+        found = read_json(path, 'draw into an empty directory')
         odd = sorted(key for key in {*wanted, *found} if found.get(key) != wanted.get(key))
         if odd:
             raise SpanvlaError(
@@ -454,9 +454,7 @@ def _manifest(request: SceneRequest, jobs: Sequence[ShardJob]) -> dict[str, Any]
     facts = []
     shards = []
     for job in jobs:
-        table = pq.read_table(
-            job.path, columns=['family', 'thinking', 'label', 'pair_id', 'facts']
-        )
+        table = _columns(job.path, ('family', 'thinking', 'label', 'pair_id', 'facts'))
         labels.update(table.column('label').to_pylist())
         families.update(table.column('family').to_pylist())
         thinking.update(table.column('thinking').to_pylist())
@@ -476,6 +474,16 @@ def _manifest(request: SceneRequest, jobs: Sequence[ShardJob]) -> dict[str, Any]
         'share': {name: round(float(values[:, FACTS.index(name)].mean()), 4) for name in shown},
         'shards': shards,
     }
+
+
+def _columns(path: Path, names: Sequence[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=list(names)).select(names)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise SpanvlaError(
+            f'{path}: not a shard of this project ({str(error).splitlines()[0]:.80}); remove it '
+            'and run again'
+        ) from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ subsampling: a brake lamp is three pixels wide) on disk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -23,9 +24,17 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, UInt8
 
 from spanvla_ros.town.elements import CLASSES
-from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample, SpanvlaError
+from spanvla_ros.types import (
+    CameraFrame,
+    EgoState,
+    Observation,
+    Sample,
+    SpanvlaError,
+    read_json,
+)
 
 PATTERN = 'scenes-*.parquet'
+MANIFEST = 'manifest.json'
 JPEG_QUALITY = 95
 PRESENT_CLASSES = CLASSES[1:]
 FACTS = (
@@ -65,6 +74,34 @@ class TrainingRow:
     presence: Bool[np.ndarray, 'tokens 7']
     facts: Float32[np.ndarray, '14']
     scoring: bytes = b''
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the manifest of a directory of shards says of them; all None where there is none."""
+
+    seed: int | None = None
+    ranges_sha256: str | None = None
+    manifest_sha256: str | None = None
+
+
+def read_origin(folder: Path) -> Origin:
+    """Where the shards of a directory come from.
+
+    Raises:
+        SpanvlaError: there is a manifest and it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return Origin()
+    fix = 'run the command again that drew the scenes'
+    content = read_json(path, fix)
+    seed, ranges = content.get('seed'), content.get('ranges_sha256')
+    if not isinstance(seed, int | None) or isinstance(seed, bool):
+        raise SpanvlaError(f'{path}: seed is {seed!r:.40}, no whole number; {fix}')
+    if not isinstance(ranges, str | None):
+        raise SpanvlaError(f'{path}: ranges_sha256 is {ranges!r:.40}, no text; {fix}')
+    return Origin(seed, ranges, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def encode_picture(image: UInt8[np.ndarray, 'h w 3']) -> bytes:

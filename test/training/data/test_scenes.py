@@ -86,6 +86,23 @@ def test_another_request_does_not_mix_into_the_directory(drawn):
         draw_scenes(replace(REQUEST, seed=7), drawn)
 
 
+@pytest.mark.parametrize('content', [b'', b'{"count": 10', b'[' * 100_000, b'[]', b'\xff'])
+def test_a_damaged_request_is_refused_in_one_sentence(tmp_path, content):
+    (tmp_path / 'request.json').write_bytes(content)
+    with pytest.raises(SpanvlaError, match=r'request\.json: .*; draw into an empty directory'):
+        draw_scenes(REQUEST, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['request.json']
+
+
+def test_a_damaged_shard_of_a_broken_off_run_is_named(drawn, tmp_path):
+    for file in drawn.iterdir():
+        data = file.read_bytes()
+        cut = len(data) // 2 if file.name == 'scenes-00001.parquet' else len(data)
+        (tmp_path / file.name).write_bytes(data[:cut])
+    with pytest.raises(SpanvlaError, match=r'scenes-00001\.parquet: .*; remove it and run again'):
+        draw_scenes(REQUEST, tmp_path)
+
+
 def test_training_seeds_stop_before_the_held_out_ones(tmp_path):
     with pytest.raises(SpanvlaError, match='held-out'):
         draw_scenes(replace(REQUEST, seed=999_900), tmp_path / 'out')

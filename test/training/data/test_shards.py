@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from spanvla_ros.training.data.shards import (
+    MANIFEST,
+    Origin,
     ShardSet,
     TrainingRow,
     decode_picture,
     encode_picture,
+    read_origin,
     write_shard,
 )
 from spanvla_ros.types import CameraFrame, EgoState, Observation, Sample, SpanvlaError
@@ -132,3 +135,25 @@ def test_a_broken_shard_is_named(tmp_path, content):
 def test_an_empty_directory_is_refused_with_the_command_that_fills_it(tmp_path):
     with pytest.raises(SpanvlaError, match='spanvla scenes'):
         ShardSet(tmp_path)
+
+
+DAMAGED_MANIFESTS = (
+    b'', b'{"seed": 1000', b'\xff\xfe', b'[' * 100_000, b'[]', b'7', b'null', b'"seed"',
+    b'{"seed": "1000000"}', b'{"seed": 1e6}', b'{"seed": [1]}', b'{"seed": true}',
+    b'{"seed": 0, "ranges_sha256": 5}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('content', DAMAGED_MANIFESTS)
+def test_a_damaged_manifest_is_named_with_what_mends_it(tmp_path, content):
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(SpanvlaError, match=r'manifest\.json: .*; run the command again') as caught:
+        read_origin(tmp_path)
+    assert '\n' not in str(caught.value)
+
+
+def test_shards_without_a_manifest_are_of_no_known_origin(tmp_path):
+    assert read_origin(tmp_path) == Origin()
+    (tmp_path / MANIFEST).write_text('{"seed": 1000000, "ranges_sha256": "ab"}')
+    found = read_origin(tmp_path)
+    assert (found.seed, found.ranges_sha256) == (1_000_000, 'ab')
