@@ -24,11 +24,13 @@ from spanvla_ros.types import EgoState, Plan, Vehicle
 
 MIN_HORIZON_S = 2.0
 MAX_HORIZON_S = 10.0
-MAX_GAP_S = 1.0
+MIN_GAP_S, MAX_GAP_S = 0.02, 1.0
 MAX_WAYPOINTS = 200
 # Four places half a second apart have two changes of speed, the least that can be judged.
 MIN_KNOTS = 4
 WAYPOINT_SPACING_S = 0.5
+# The allowance at the start grows as the first knot nears it: an early one would excuse any speed.
+FIRST_KNOT_S = 0.25
 FUTURE_TOLERANCE_S = 0.1
 MAX_JERK_MPS3 = 25.0
 # A waypoint may lie this far from where a perfect one would; all plan tolerances follow from it.
@@ -115,10 +117,11 @@ def check_plan(plan: Plan, context: PlanContext) -> Rejection | None:
 
 
 def knots(plan: Plan) -> tuple[Float64[np.ndarray, 'k'], Float64[np.ndarray, 'k 3']]:
-    """Times and poses from the origin on, thinned to about half a second."""
+    """Times and poses from the origin on, thinned to about half a second, the first gap too."""
     times_s, poses = plan.trajectory.times_s, plan.trajectory.poses
     stride = max(1, round(WAYPOINT_SPACING_S / float(np.median(np.diff(times_s)))))
-    first = min(stride - 1 if times_s[0] > 0 else stride, len(times_s) - 1)
+    first = stride - 1 if times_s[0] > 0 else stride
+    first = min(max(first, int(np.searchsorted(times_s, FIRST_KNOT_S))), len(times_s) - 1)
     rows = np.arange(first, len(times_s), stride)
     if rows[-1] != len(times_s) - 1:
         rows = np.append(rows, len(times_s) - 1)
@@ -134,8 +137,9 @@ def _check_times(plan: Plan, context: PlanContext) -> Rejection | None:
         )
     if len(times_s) > MAX_WAYPOINTS or len(times_s) < 4:
         return Rejection(Reason.TIMES, f'{len(times_s)} waypoints')
-    gaps_s = np.diff(times_s, prepend=0.0)
-    if times_s[0] < 0.0 or gaps_s.max() > MAX_GAP_S or gaps_s[1:].min() < 0.02:
+    # The first may repeat the present; any other is as far from it as from the next.
+    gaps_s = np.diff(times_s if times_s[0] == 0.0 else np.append(0.0, times_s))
+    if gaps_s.min() < MIN_GAP_S or gaps_s.max() > MAX_GAP_S:
         return Rejection(
             Reason.TIMES, f'waypoints {gaps_s.min():.3g} to {gaps_s.max():.3g} s apart'
         )

@@ -97,6 +97,35 @@ def test_times(judge, make_plan):
     assert judge(make_plan(count=200, spacing_s=0.025, speed=1.0)) is None
 
 
+def straight(make_plan, times_s, speed=8.0, later_mps=8.0):
+    """At a steady speed to the first waypoint, at another from there."""
+    times_s = np.asarray(times_s, dtype=np.float64)
+    poses = np.zeros((len(times_s), 3))
+    poses[:, 0] = speed * times_s[0] + later_mps * (times_s - times_s[0])
+    return replace(make_plan(speed=speed), trajectory=Trajectory(SECOND, 'odom', times_s, poses))
+
+
+@pytest.mark.parametrize('first_s', [-100.0, -1e-9, 5e-324, 1e-9, 0.0199, 1.01, 3.0, 9.0])
+def test_a_first_waypoint_in_the_past_at_once_or_far_ahead_is_refused(judge, make_plan, first_s):
+    for times_s in (first_s + 0.5 * np.arange(10), first_s + 0.1 * np.arange(50)):
+        assert judge(straight(make_plan, times_s)) is Reason.TIMES
+
+
+@pytest.mark.parametrize('spacing_s', [0.1, 0.5])
+@pytest.mark.parametrize('first_s', [0.0, 0.02, 0.05, 0.2, 0.3, 0.5, 1.0])
+def test_a_first_waypoint_soon_after_the_picture_is_accepted(judge, make_plan, first_s, spacing_s):
+    times_s = first_s + spacing_s * np.arange(round(5.0 / spacing_s))
+    assert judge(straight(make_plan, times_s)) is None
+
+
+@pytest.mark.parametrize('first_s', [0.02, 0.1, 0.2, 0.5])
+def test_an_early_first_waypoint_does_not_hide_a_wrong_start(judge, make_plan, first_s):
+    times_s = first_s + 0.5 * np.arange(10)
+    assert judge(straight(make_plan, times_s, speed=12.0, later_mps=1.0)) is not None
+    slow = straight(make_plan, times_s, speed=0.1, later_mps=0.1)
+    assert judge(replace(slow, speed_mps=12.0)) is Reason.START_SPEED
+
+
 def test_frame(judge, make_plan):
     assert judge(make_plan(), frame_id='map') is Reason.FRAME
 
