@@ -213,7 +213,7 @@ def torch_requirement(constraints: Path, environment: dict) -> list:
     if sys.platform == 'linux' and os.uname().machine == 'x86_64':
         print(
             'pip offers no CPU build of torch, so the CUDA build (some GB) is fetched; '
-            'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu would avoid that',
+            "give pip the index of torch's CPU builds as PIP_EXTRA_INDEX_URL to avoid that",
             flush=True,
         )
     return []

@@ -188,6 +188,15 @@ def test_onnxruntime_comes_from_one_of_two_extras(setup_arguments):
     assert 'tensorrt>=10.3' in extras['gpu']
 
 
+def test_no_package_index_is_named():
+    indexes = re.compile(r'\b(pypi|pythonhosted|pytorch|huggingface)\.(org|co)\b')
+    tops = ('.ci', 'config', 'docs', 'launch', 'spanvla_ros', 'test')
+    paths = [path for top in tops for path in (ROOT / top).rglob('*')]
+    for path in (*paths, *ROOT.glob('*.*')):
+        if path.suffix in ('.py', '.md', '.yaml', '.toml', '.cfg', '.txt', '.xml', '.rst'):
+            assert not indexes.search(path.read_text()), path
+
+
 @pytest.mark.parametrize('minor', MINORS)
 def test_constraints_pin_what_the_extras_ask_for(minor, setup_arguments):
     lines = (ROOT / '.ci' / f'constraints-{minor}.txt').read_text().splitlines()
