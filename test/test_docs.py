@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from spanvla_ros.cli import COMMANDS
+from spanvla_ros.model.checkpoint import GRAPHS, PRECISIONS
+from spanvla_ros.runtime.backend import AUTO_LOADERS, LOADERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / 'README.md'
@@ -139,6 +141,56 @@ def test_training_files_named_are_there(page):
     text = page.read_text(encoding='utf-8')
     named = re.findall(r'\bconfig/[\w./-]+\.(?:yaml|xml)', text)
     assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_the_engines_page_has_every_backend_graph_and_precision():
+    text = (ROOT / 'docs' / 'engines.md').read_text(encoding='utf-8')
+    runs = dict(re.findall(r'^\| `([\w-]+)` \| (graphs|torch model) \|', text, re.M))
+    assert set(runs) == {name.partition(':')[0] for name in LOADERS}
+    assert {name for name, what in runs.items() if what == 'torch model'} == {
+        'torch',
+        'torch-cuda',
+    }
+    words = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven')
+    graphs = sum(what == 'graphs' for what in runs.values())
+    assert f'{words[len(runs)].capitalize()} backends run' in text
+    assert f'{words[graphs]} engines run the graphs' in text
+    assert f'{words[len(GRAPHS)]} static ONNX graphs' in text
+    assert all(f'`{name}`' in text for name in (*GRAPHS, 'propose'))
+    # ONNX Runtime has no bf16 on a CPU: that one is known, and refused with a sentence.
+    rows = re.findall(r'^\| (`fp16`[^|]*) \| ([^|]*) \|', text, re.M)
+    said = {
+        f'{name}:{precision}'
+        for precisions, names in rows
+        for name in re.findall(r'`([\w-]+)`', names)
+        for precision in re.findall(r'`(\w+)`', precisions)
+    }
+    assert said == {name for name in LOADERS if ':' in name} - {'onnxruntime:bf16'}
+    assert all(f'| `{precision}` |' in text for precision in PRECISIONS[1:])
+    assert f'`auto` tries {", ".join(f"`{name}`" for name in AUTO_LOADERS)} ' in text
+
+
+# Words that American English spells otherwise, between what is code.
+BRITISH = re.compile(
+    r'\b(\w*(colour|behaviour|neighbour|favour|honour|metre|centre|licence|defence|labell|modell|'
+    r'travell|cancell|signall|catalogue|grey|artefact|manoeuvre|judgement)\w*|'
+    r'\w+(yse|lise|mise|nise|rise|tise)[sd]?|towards|learnt|whilst)\b',
+    re.I,
+)
+AMERICAN = re.compile(
+    r'(precise|promise|premise|compromise|advertise|expertise|exercise|rise|arise|comprise|'
+    r'surprise|otherwise|supervise|enterprise)[sd]?',
+    re.I,
+)
+# The page of results is written with each measurement and not held to this.
+PROSE = [page for page in PAGES if page.name != 'results.md']
+
+
+@pytest.mark.parametrize('page', PROSE, ids=[page.name for page in PROSE])
+def test_the_pages_are_in_american_english(page):
+    text = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)', ' ', page.read_text('utf-8'), flags=re.S)
+    odd = [found[0] for found in BRITISH.finditer(text) if not AMERICAN.fullmatch(found[0])]
+    assert not odd
 
 
 def test_nobody_reads_of_a_machine(page):
