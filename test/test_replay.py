@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from spanvla_ros import cli
@@ -339,6 +339,29 @@ def test_cameras_are_matched_by_name_and_our_outputs_left_out():
 def test_what_is_missing_or_ambiguous_is_named(topics, wish, sentence):
     with pytest.raises(SpanvlaError, match=sentence):
         found(topics, wish)
+
+
+def test_a_bag_that_breaks_off_is_one_sentence(model, tmp_path, capsys):
+    folder = tmp_path / 'bag'
+    writer = Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP)
+    writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+    with writer:
+        topics = {}
+        for topic, kind, stamp_ns, item in straight_drive(grey(4), 10.0):
+            if topic not in topics:
+                topics[topic] = writer.add_connection(topic, kind, typestore=TYPES)
+            writer.write(topics[topic], stamp_ns, TYPES.serialize_cdr(item, kind))
+    data = bytearray((folder / 'bag.mcap').read_bytes())
+    begin = data.index(b'\x28\xb5\x2f\xfd')
+    data[begin + 40 : begin + 60] = bytes(20)
+    (folder / 'bag.mcap').write_bytes(data)
+    for words in (['replay', str(folder), '--model', str(model), '--out', str(tmp_path / 'out')],
+                  ['doctor', '--bag', str(folder)]):  # fmt: skip
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert f'{folder}: damaged (' in error
+        assert error.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
 
 
 def test_a_bag_that_is_none_is_one_sentence(model, tmp_path, capsys):

@@ -16,8 +16,8 @@ from spanvla_ros.doctor.rig import LOOKED_AT, Rig, empty_rig, gather
 from spanvla_ros.doctor.streams import check_streams
 from spanvla_ros.model.checkpoint import shipped_model_dir
 from spanvla_ros.model.config import TOWN_CAMERAS, CameraSpec, load_config
-from spanvla_ros.replay.bag import open_bag
 from spanvla_ros.replay.observed import messages_of, topics_of
+from spanvla_ros.report.bags import open_bag
 from spanvla_ros.types import SpanvlaError
 
 NO_ROS = ('ros_missing', 'ros_python', 'domain_invalid', 'rmw_missing')
@@ -58,16 +58,16 @@ def cameras_of(model: str) -> tuple[CameraSpec, ...]:
     return load_config(model or shipped_model_dir()).cameras
 
 
-def rig_of_bag(bag: str, specs: tuple[CameraSpec, ...]) -> Rig:
+def rig_of_bag(path: str, specs: tuple[CameraSpec, ...]) -> Rig:
     """Everything the checks look at, out of a bag.
 
     Raises:
-        SpanvlaError: no such bag.
+        SpanvlaError: no such bag, or a damaged one.
     """
-    with open_bag(bag) as reader:
-        rig = empty_rig(topics_of(reader), specs)
+    with open_bag(path) as bag:
+        rig = empty_rig(topics_of(bag), specs)
         wanted = frozenset(name for name in rig.streams)
-        return gather(rig, messages_of(reader, wanted), reader.duration * 1e-9)
+        return gather(rig, messages_of(bag, wanted), (bag.end_ns - bag.begin_ns) * 1e-9)
 
 
 def rig_heard(seconds: float, specs: tuple[CameraSpec, ...]) -> Rig:

@@ -1,26 +1,18 @@
-"""A recorded drive: which topics it holds, and its messages in the order they were received.
-
-Reads what rosbags reads (MCAP and SQLite3 of ROS 2); no ROS installation is needed.
-"""
+"""A recorded drive: which of its topics a planner reads, and its messages in their order."""
 
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.interfaces import Connection
-from rosbags.rosbag2 import ReaderError
-from rosbags.typesys import Stores, get_typestore
 
 from spanvla_ros.messages import MessageError
+from spanvla_ros.report.bags import Bag
 from spanvla_ros.types import SpanvlaError
 
 IMAGE = 'sensor_msgs/msg/Image'
@@ -48,29 +40,6 @@ class Wish:
     cameras: Mapping[str, str]
     odometry: str = ''
     route: str = ''
-
-
-@contextmanager
-def open_bag(path: str | Path) -> Iterator[AnyReader]:
-    """An open reader of a bag folder or file.
-
-    Raises:
-        SpanvlaError: nothing there, not a bag, or while it is open one that breaks off.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise SpanvlaError(f'{path}: no such bag; name a bag folder, an .mcap or a .db3 file')
-    try:
-        reader = AnyReader([path], default_typestore=get_typestore(Stores.LATEST))
-        reader.open()
-    except (AnyReaderError, ReaderError, OSError, ValueError, AssertionError) as error:
-        raise SpanvlaError(f'{path}: not a readable ROS 2 bag ({error})') from error
-    try:
-        yield reader
-    except (AnyReaderError, ReaderError, sqlite3.Error) as error:
-        raise SpanvlaError(f'{path}: damaged ({error}); record or copy it again') from error
-    finally:
-        reader.close()
 
 
 def find_topics(
@@ -194,7 +163,7 @@ def _one(
     return found[0] if found else None
 
 
-def messages_in_order(reader: AnyReader, topics: Topics) -> Iterator[tuple[str, Any]]:
+def messages_in_order(bag: Bag, topics: Topics) -> Iterator[tuple[str, Any]]:
     """`(topic, message)` by time of reception; a `MessageError` stands for unreadable bytes.
 
     Messages received at the same instant come with route and camera_info first, then odometry,
@@ -203,40 +172,37 @@ def messages_in_order(reader: AnyReader, topics: Topics) -> Iterator[tuple[str, 
     """
     first = {topic: 0 for topic in (topics.route, *topics.infos.values()) if topic}
     rank = {topics.odometry: 1, **dict.fromkeys(topics.images.values(), 2), **first}
-    wanted = [connection for connection in reader.connections if connection.topic in rank]
+    wanted = [connection for connection in bag.connections if connection.topic in rank]
     held: list[tuple[int, Connection, bytes]] = []
     held_ns = None
-    for connection, received_ns, raw in reader.messages(connections=wanted):
+    for connection, received_ns, raw in bag.messages(wanted):
         if received_ns != held_ns:
-            yield from _deserialized(reader, held)
+            yield from _deserialized(bag, held)
             held, held_ns = [], received_ns
         held.append((rank[connection.topic], connection, raw))
-    yield from _deserialized(reader, held)
+    yield from _deserialized(bag, held)
 
 
 def _deserialized(
-    reader: AnyReader, held: list[tuple[int, Connection, bytes]]
+    bag: Bag, held: list[tuple[int, Connection, bytes]]
 ) -> Iterator[tuple[str, Any]]:
     for _, connection, raw in sorted(held, key=lambda item: item[0]):
         try:
-            message = reader.deserialize(raw, connection.msgtype)
-        except AnyReaderError as error:
-            message = MessageError(f'its bytes are no {connection.msgtype} ({error})')
+            message = bag.deserialize(raw, connection.msgtype)
+        except SpanvlaError as error:
+            message = MessageError(str(error))
         yield connection.topic, message
 
 
-def static_transforms(reader: AnyReader) -> dict[tuple[str, str], Float64[np.ndarray, '3']]:
+def static_transforms(bag: Bag) -> dict[tuple[str, str], Float64[np.ndarray, '3']]:
     """Plane poses of child frames in parent frames out of `/tf_static`."""
     found = {}
     wanted = [
         connection
-        for connection in reader.connections
+        for connection in bag.connections
         if connection.msgtype == TRANSFORMS and connection.topic.endswith('tf_static')
     ]
-    if not wanted:
-        return {}
-    for connection, _, raw in reader.messages(connections=wanted):
-        message: Any = reader.deserialize(raw, connection.msgtype)
+    for _, _, _, message in bag.read(wanted):
         for item in message.transforms:
             t, q = item.transform.translation, item.transform.rotation
             yaw = math.atan2(2.0 * (q.w * q.z + q.x * q.y), 1.0 - 2.0 * (q.y**2 + q.z**2))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rosbags.highlevel import AnyReader
 from tqdm import tqdm
 
 from spanvla_ros import __version__
@@ -24,12 +23,12 @@ from spanvla_ros.replay.bag import (
     Wish,
     find_topics,
     messages_in_order,
-    open_bag,
     static_transforms,
 )
 from spanvla_ros.replay.drawing import DRAW_HZ, Drawing
 from spanvla_ros.replay.page import write_replay_page
 from spanvla_ros.replay.steps import TOKENS_PER_FRAME, Replay, Step, open_loop_error
+from spanvla_ros.report.bags import Bag, open_bag
 from spanvla_ros.runtime.planner import Planner
 from spanvla_ros.safety.state import load_vehicle
 from spanvla_ros.types import SCHEDULES, SpanvlaError
@@ -69,14 +68,14 @@ def run(options: argparse.Namespace) -> int:
     """Replay a bag; 0 if at least one plan was accepted, else 1."""
     wish = Wish(_cameras(options.camera), options.odometry, options.route)
     vehicle = load_vehicle(options.vehicle)
-    bag = Path(options.bag)
-    with open_bag(bag) as reader:
+    path = Path(options.bag)
+    with open_bag(path) as bag:
         model_dir = Path(options.model) if options.model else shipped_model_dir()
         # A bag that lacks something is told before a model is loaded, whichever model it is.
         config_names = _camera_names(model_dir)
         map_file = Path(options.draw_cameras) if options.draw_cameras else None
         topics = find_topics(
-            reader.connections, wish, config_names, str(bag), drawn=map_file is not None
+            bag.connections, wish, config_names, str(path), drawn=map_file is not None
         )
         planner = Planner.open(model_dir, options.backend, schedule=options.schedule)
         drawing = None if map_file is None else Drawing(map_file, planner.config.cameras)
@@ -84,28 +83,28 @@ def run(options: argparse.Namespace) -> int:
             planner,
             topics,
             vehicle,
-            static_transforms(reader),
+            static_transforms(bag),
             origin_ahead_m=options.origin_ahead_m,
             drawing=drawing,
         )
         with tqdm(
-            total=_pictures(reader, topics, config_names[0]),
+            total=_pictures(bag, topics, config_names[0]),
             desc='replay',
             unit='picture',
             leave=False,
         ) as bar:
-            for topic, message in messages_in_order(reader, topics):
+            for topic, message in messages_in_order(bag, topics):
                 replay.feed(topic, message)
                 bar.n = len(replay.steps)
                 bar.update(0)
         replay.finish()
-    return _leave(replay, bag, Path(options.out))
+    return _leave(replay, path, Path(options.out))
 
 
-def _pictures(reader: AnyReader, topics: Topics, anchor: str) -> int:
+def _pictures(bag: Bag, topics: Topics, anchor: str) -> int:
     """How many pictures will be planned from, for the progress bar."""
-    counts = {connection.topic: connection.msgcount for connection in reader.connections}
-    drawn = round((reader.end_time - reader.start_time) / 1e9 * DRAW_HZ)
+    counts = {connection.topic: connection.msgcount for connection in bag.connections}
+    drawn = round((bag.end_ns - bag.begin_ns) / 1e9 * DRAW_HZ)
     return counts.get(topics.images[anchor], drawn)
 
 

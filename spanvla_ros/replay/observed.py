@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection, Qos, QosDurability, QosReliability
+
+from spanvla_ros.report.bags import Bag
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class SeenMessage:
     message: Any
 
 
-def topics_of(reader: AnyReader) -> tuple[SeenTopic, ...]:
+def topics_of(bag: Bag) -> tuple[SeenTopic, ...]:
     """The topics of an open bag, with the offers it stores."""
     offers: dict[tuple[str, str], list[Offer]] = {}
-    for connection in reader.connections:
+    for connection in bag.connections:
         found = offers.setdefault((connection.topic, connection.msgtype), [])
         found.extend(_offer(qos) for qos in _stored(connection))
     return tuple(
@@ -67,11 +68,8 @@ def _offer(qos: Qos) -> Offer:
     )
 
 
-def messages_of(reader: AnyReader, topics: frozenset[str]) -> Iterator[SeenMessage]:
+def messages_of(bag: Bag, topics: frozenset[str]) -> Iterator[SeenMessage]:
     """The messages of some topics of an open bag, by time of reception."""
-    wanted = [connection for connection in reader.connections if connection.topic in topics]
-    if not wanted:
-        return
-    for connection, received_ns, raw in reader.messages(connections=wanted):
-        message = reader.deserialize(raw, connection.msgtype)
+    wanted = [connection for connection in bag.connections if connection.topic in topics]
+    for connection, received_ns, raw, message in bag.read(wanted):
         yield SeenMessage(connection.topic, received_ns, len(raw), message)

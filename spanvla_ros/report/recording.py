@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.typesys import Stores, get_typestore
 
+from spanvla_ros.report.bags import AGAIN, one_line, open_bag
 from spanvla_ros.types import SpanvlaError
 
 Ring = Float64[np.ndarray, '_ 2']
@@ -157,27 +157,28 @@ def read_recording(path: str | Path, namespace: str = '/spanvla') -> Recording:
     labels: dict[str, str | int] = {}
     route, town_map = None, None
     for topic, received_ns, message in _messages(path, namespace):
-        if topic == 'plan':
-            plans.append(_plan(received_ns, message))
-        elif topic == 'shadow/plan':
-            shadow.append(_plan(received_ns, message))
-        elif topic == 'output/trajectory':
-            outputs.append(_output(received_ns, message))
-        elif topic == 'output/state':
-            states.append(_state(received_ns, message))
-        elif topic == 'output/reasoning':
-            reasonings.append(_reasoning(received_ns, message))
-        elif topic == 'input/odometry':
-            odometry.append((stamp_ns(message), received_ns, _motion(message)))
-        elif topic == 'input/route':
-            route = _route(message)
-        elif topic == 'town/scene':
-            raw = json.loads(message.data)
-            scenes.append(_scene(received_ns, raw))
-            labels.update(_labels(raw.get('town') or {}))
-            town_map = _map(raw['map']) if raw.get('map') else town_map
-        elif topic.endswith('/camera_info'):
-            cameras.setdefault(topic.split('/')[1], []).append(stamp_ns(message))
+        with _readable(path, topic):
+            if topic == 'plan':
+                plans.append(_plan(received_ns, message))
+            elif topic == 'shadow/plan':
+                shadow.append(_plan(received_ns, message))
+            elif topic == 'output/trajectory':
+                outputs.append(_output(received_ns, message))
+            elif topic == 'output/state':
+                states.append(_state(received_ns, message))
+            elif topic == 'output/reasoning':
+                reasonings.append(_reasoning(received_ns, message))
+            elif topic == 'input/odometry':
+                odometry.append((stamp_ns(message), received_ns, _motion(message)))
+            elif topic == 'input/route':
+                route = _route(message)
+            elif topic == 'town/scene':
+                raw = json.loads(message.data)
+                scenes.append(_scene(received_ns, raw))
+                labels.update(_labels(raw.get('town') or {}))
+                town_map = _map(raw['map']) if raw.get('map') else town_map
+            elif topic.endswith('/camera_info'):
+                cameras.setdefault(topic.split('/')[1], []).append(stamp_ns(message))
     if not outputs:
         raise SpanvlaError(f'{path}: holds no {namespace}/output/trajectory, so it is no drive')
     table = np.array([row for _, _, row in odometry], dtype=np.float64).reshape(-1, 5)
@@ -204,20 +205,21 @@ def read_pictures(
     """The recorded pictures whose stamps are wanted, by camera, in the order of arrival."""
     found: dict[str, list[PictureRecord]] = {}
     for topic, received_ns, message in _messages(path, namespace, ('/image', '/image/compressed')):
-        stamp = stamp_ns(message)
-        if stamp not in wanted_ns:
-            continue
-        raw = hasattr(message, 'encoding')
-        shot = PictureRecord(
-            received_ns,
-            stamp,
-            topic.split('/')[1],
-            message.encoding if raw else 'compressed',
-            message.height if raw else 0,
-            message.width if raw else 0,
-            bytes(message.data),
-        )
-        found.setdefault(shot.camera, []).append(shot)
+        with _readable(path, topic):
+            stamp = stamp_ns(message)
+            if stamp not in wanted_ns:
+                continue
+            raw = hasattr(message, 'encoding')
+            shot = PictureRecord(
+                received_ns,
+                stamp,
+                topic.split('/')[1],
+                message.encoding if raw else 'compressed',
+                message.height if raw else 0,
+                message.width if raw else 0,
+                bytes(message.data),
+            )
+            found.setdefault(shot.camera, []).append(shot)
     return found
 
 
@@ -242,22 +244,28 @@ def _messages(
     path: str | Path, namespace: str, endings: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, int, Any]]:
     prefix = namespace.rstrip('/') + '/'
-    store = get_typestore(Stores.LATEST)
+    with open_bag(path) as bag:
+        chosen = [
+            connection
+            for connection in bag.connections
+            if connection.topic.startswith(prefix)
+            and _chosen(connection.topic.removeprefix(prefix), endings)
+        ]
+        for connection, received_ns, _, message in bag.read(chosen):
+            yield connection.topic.removeprefix(prefix), received_ns, message
+
+
+@contextmanager
+def _readable(path: str | Path, topic: str) -> Iterator[None]:
+    """What a message of another type, or one whose text is damaged, makes of our reading."""
     try:
-        with AnyReader([Path(path)], default_typestore=store) as reader:
-            chosen = [
-                connection
-                for connection in reader.connections
-                if connection.topic.startswith(prefix)
-                and _chosen(connection.topic.removeprefix(prefix), endings)
-            ]
-            if not chosen:
-                return
-            for connection, received_ns, data in reader.messages(connections=chosen):
-                topic = connection.topic.removeprefix(prefix)
-                yield topic, received_ns, reader.deserialize(data, connection.msgtype)
-    except (AnyReaderError, OSError) as error:
-        raise SpanvlaError(f'{path}: cannot be read as a bag: {error}') from error
+        yield
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        raise SpanvlaError(
+            f'{path}: a message of {topic} is not what it should be ({one_line(error)}); {AGAIN}'
+        ) from error
 
 
 def _chosen(topic: str, endings: tuple[str, ...]) -> bool:

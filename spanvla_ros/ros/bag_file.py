@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+from contextlib import closing
 from pathlib import Path
 
 from rosbags.interfaces import Connection
@@ -11,6 +12,7 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from rosbags.rosbag2.storage_mcap import McapReader, McapWriter
 from rosbags.typesys import Stores, get_typestore
 
+from spanvla_ros.report.bags import one_line
 from spanvla_ros.types import SpanvlaError
 
 MAGIC = b'\x89MCAP0\r\n'
@@ -92,6 +94,9 @@ def recover(path: str | Path) -> Path | None:
 
     Returns:
         The finished file, or None where there is nothing to recover.
+
+    Raises:
+        SpanvlaError: what is left is damaged; it stays where it is.
     """
     path = Path(path)
     folder = part_folder(path)
@@ -119,10 +124,18 @@ def _with_index(source: Path) -> Path:
     shutil.rmtree(part_folder(copy), ignore_errors=True)
     file = BagFile(copy)
     reader = McapReader(source)
-    reader.open()
-    for connection, stamp_ns, data in reader.messages_scan(reader.connections):
-        file.write(connection.topic, connection.msgtype, stamp_ns, data)
-    reader.close()
+    try:
+        reader.open()
+        with closing(reader):
+            for connection, stamp_ns, data in reader.messages_scan(reader.connections):
+                file.write(connection.topic, connection.msgtype, stamp_ns, data)
+    except Exception as error:
+        # Of damaged bytes the library makes anything.
+        file.close().unlink()
+        raise SpanvlaError(
+            f'{source}: damaged ({one_line(error)}); mend it with `mcap recover`, or remove its '
+            'folder'
+        ) from error
     return file.close()
 
 

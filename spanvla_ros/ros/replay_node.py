@@ -17,12 +17,11 @@ from typing import Any
 from rclpy.duration import Duration
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
-from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection, ConnectionExtRosbag2, QosDurability, QosReliability
 from rosgraph_msgs.msg import Clock
 from std_srvs.srv import SetBool
 
-from spanvla_ros.replay.bag import open_bag
+from spanvla_ros.report.bags import Bag, open_bag
 from spanvla_ros.ros.diagnostics import OK, WARN, DiagnosticsPublisher, StageMeter, status
 from spanvla_ros.ros.parameters import ReplaySettings, declare
 from spanvla_ros.ros.process import run_node
@@ -101,11 +100,11 @@ class ReplayNode(QuietNode):
         self.settings = settings = declare(self, ReplaySettings)
         if not settings.bag:
             raise SpanvlaError('replay: no bag; give the parameter bag')
-        self._bag = open_bag(settings.bag)
-        self._reader: AnyReader = self._bag.__enter__()
-        if not self._reader.is2:
+        self._opened = open_bag(settings.bag)
+        self._bag: Bag = self._opened.__enter__()
+        if not self._bag.is_ros2:
             raise SpanvlaError(f'{settings.bag}: a bag of ROS 1; convert it with rosbags-convert')
-        self._begin_ns = self._reader.start_time + round(settings.start_s * 1e9)
+        self._begin_ns = self._bag.begin_ns + round(settings.start_s * 1e9)
         self._sent = 0
         self._loops = 0
         self._state = 'waiting'
@@ -129,14 +128,14 @@ class ReplayNode(QuietNode):
         wanted = {topic for topic in settings.topics if topic}
         renamed = _pairs(settings.remaps)
         latched = frozenset(settings.latched)
-        known = {connection.topic for connection in self._reader.connections}
+        known = {connection.topic for connection in self._bag.connections}
         for name in sorted((wanted | set(renamed)) - known):
             raise SpanvlaError(
                 f'{settings.bag}: no topic {name}; it has {", ".join(sorted(known))}'
             )
         publishers: dict[str, Any] = {}
         tracks = {}
-        for connection in self._reader.connections:
+        for connection in self._bag.connections:
             if wanted and connection.topic not in wanted:
                 continue
             if connection.topic == CLOCK and not settings.clock:
@@ -204,10 +203,9 @@ class ReplayNode(QuietNode):
         chosen = [track.connection for track in self._tracks.values()]
         if self.settings.start_s > 0.0:
             stays = [track.connection for track in self._tracks.values() if track.latched]
-            if stays:
-                for connection, _, data in self._reader.messages(stays, stop=self._begin_ns):
-                    yield connection, self._begin_ns, data
-        yield from self._reader.messages(chosen, start=self._begin_ns)
+            for connection, _, data in self._bag.messages(stays, stop_ns=self._begin_ns):
+                yield connection, self._begin_ns, data
+        yield from self._bag.messages(chosen, self._begin_ns)
 
     def _wait(self, pace: Pace, at_ns: int) -> None:
         """Wait until a moment is due; meanwhile the clock ticks."""
@@ -232,11 +230,11 @@ class ReplayNode(QuietNode):
             self._own_clock.publish(Clock(clock=Time(nanoseconds=moment_ns).to_msg()))
 
     def _publish_diagnostics(self) -> None:
-        length_s = (self._reader.end_time - self._reader.start_time) / 1e9
+        length_s = (self._bag.end_ns - self._bag.begin_ns) / 1e9
         values = {
             'sent': str(self._sent),
             'loops': str(self._loops),
-            'at_s': f'{(self._moment_ns - self._reader.start_time) / 1e9:.1f}',
+            'at_s': f'{(self._moment_ns - self._bag.begin_ns) / 1e9:.1f}',
             'length_s': f'{length_s:.1f}',
             'left_out': ', '.join(self._unknown),
             **self._meter.values(),
@@ -249,7 +247,7 @@ class ReplayNode(QuietNode):
         self._stop.set()
         if hasattr(self, '_thread'):
             self._thread.join(timeout=2.0)
-        self._bag.__exit__(None, None, None)
+        self._opened.__exit__(None, None, None)
 
 
 def _pairs(words: tuple[str, ...]) -> dict[str, str]:
@@ -264,7 +262,9 @@ def _pairs(words: tuple[str, ...]) -> dict[str, str]:
 
 
 def _message_class(kind: str) -> Any:
-    package, _, name = kind.split('/')
+    package, _, name = kind.partition('/msg/')
+    if not (package.isidentifier() and name.isidentifier()):
+        return None
     try:
         return getattr(importlib.import_module(f'{package}.msg'), name, None)
     except ImportError:

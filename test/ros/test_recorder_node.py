@@ -70,6 +70,25 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
         BagFile(tmp_path / 'file' / 'drive.mcap')
 
 
+def test_a_damaged_rest_of_a_killed_recorder_is_one_sentence_and_stays(tmp_path):
+    file = BagFile(tmp_path / 'drive.mcap')
+    for k in range(50):
+        file.write('/plan', 'std_msgs/msg/String', k, b'\0\1\0\0\5\0\0\0plan\0' + bytes([k]))
+    file.flush()
+    rest = file.part / f'{file.part.name}.mcap'
+    # As a kill leaves it, with a disk that lost some of it.
+    data = bytearray(rest.read_bytes())
+    begin = data.index(b'\x28\xb5\x2f\xfd')
+    data[begin + 20 : begin + 40] = bytes(20)
+    file.close().unlink()
+    rest.parent.mkdir()
+    rest.write_bytes(data)
+    with pytest.raises(SpanvlaError, match=r'drive\.part\.mcap: damaged .*; mend it with'):
+        recover(tmp_path / 'drive.mcap')
+    assert rest.is_file()
+    assert not (tmp_path / 'drive.mcap').exists()
+
+
 def kept(recent: Recent) -> list[int]:
     return [stamp_ns // SECOND for _, _, stamp_ns, _ in recent.items]
 
