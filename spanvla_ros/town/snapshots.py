@@ -49,8 +49,8 @@ class Snapshot:
 
     `history` holds poses `[3, 3]` in `base_link` at -1.5, -1.0 and -0.5 s. `earlier` are copies of
     the world at these times, for the pictures taken there from those poses: what others did is
-    what they did, wherever the ego is told to have been. Moments of a driver's own drive, and
-    those after a mistake, have none.
+    what they did, wherever the ego is told to have been. Moments drawn without `earlier`, those
+    of a driver's own drive and those after a mistake have none.
     """
 
     world: World
@@ -84,6 +84,8 @@ def sample_snapshots(
     count: int = 5,
     ranges: Ranges | None = None,
     wide_share: float = 0.0,
+    *,
+    earlier: bool = False,
 ) -> list[Snapshot]:
     """Labelled moments of one drive, those with something to see drawn more often.
 
@@ -93,11 +95,12 @@ def sample_snapshots(
         count: how many moments, fewer if the drive is too short.
         ranges: what the drive is drawn from.
         wide_share: of the moments, far beside the line and heading back to it.
+        earlier: also keep the world at the times of the history, for pictures of then.
     """
     ranges = ranges or Ranges()
     rng = np.random.default_rng([seed, 7])
     wide = np.random.default_rng([seed, 13])
-    moments = _drive_through(make_world(family, seed, ranges), rng)
+    moments = _drive_through(make_world(family, seed, ranges), rng, earlier=earlier)
     weights = np.array([m.weight for m in moments])
     count = min(count, len(moments))
     picked = rng.choice(len(moments), size=count, replace=False, p=weights / weights.sum())
@@ -107,18 +110,19 @@ def sample_snapshots(
     ]
 
 
-def _drive_through(world: World, rng: np.random.Generator) -> list[_Moment]:
+def _drive_through(world: World, rng: np.random.Generator, *, earlier: bool) -> list[_Moment]:
     """The reference's own motion without a follower, a moment each `STRIDE_S`."""
     limit_s = 60.0 if world.around.family != MIX else 400.0
     track = [world.state.pose]
     moments = []
     world = world.clone()
-    lately = deque([world.clone()], maxlen=1 - round(HISTORY_S[0] / TICK_S))
+    # A copy each tick costs a tenth of the drawing.
+    lately = deque([world.clone()] if earlier else [], maxlen=1 - round(HISTORY_S[0] / TICK_S))
     while world.ego_s_m < world.around.goal_m and world.time_s < limit_s:
         plan = reference_plan(world)
         past = local_from_world(track[-1], np.array(_at_history(track)))
-        earlier = tuple(_at_history(lately))
-        moments.append(_Moment(world.clone(), past, moment_weight(world, plan), earlier))
+        before = tuple(_at_history(lately)) if earlier else ()
+        moments.append(_Moment(world.clone(), past, moment_weight(world, plan), before))
         steps = round(STRIDE_S / TICK_S)
         start = world.state
         if start.speed_mps < 0.05 and plan.speeds_mps[9] < 0.05 and rng.random() < 0.5:
@@ -127,22 +131,23 @@ def _drive_through(world: World, rng: np.random.Generator) -> list[_Moment]:
         cos, sin = math.cos(start.yaw_rad), math.sin(start.yaw_rad)
         for index in range(steps):
             x, y, yaw = plan.poses[index].tolist()
-            before = world.state
+            last = world.state
             speed = float(plan.speeds_mps[index])
             heading = start.yaw_rad + sign * yaw
             state = EgoState(
-                before.stamp_ns + 100_000_000,
+                last.stamp_ns + 100_000_000,
                 start.x_m + cos * x - sin * sign * y,
                 start.y_m + sin * x + cos * sign * y,
                 (heading + math.pi) % (2 * math.pi) - math.pi,
                 speed,
-                (speed - before.speed_mps) / 0.1,
-                math.sin(heading - before.yaw_rad) / 0.1,
+                (speed - last.speed_mps) / 0.1,
+                math.sin(heading - last.yaw_rad) / 0.1,
             )
             world.place_ego(state)
             world.advance(0.1)
             track.append(state.pose)
-            lately.append(world.clone())
+            if earlier:
+                lately.append(world.clone())
     return moments
 
 
@@ -331,12 +336,17 @@ def facts(world: World) -> Float32[np.ndarray, '14']:
 
 
 def hazard_pairs(
-    kind: str, count: int, seed: int, ranges: Ranges | None = None
+    kind: str,
+    count: int,
+    seed: int,
+    ranges: Ranges | None = None,
+    *,
+    earlier: bool = False,
 ) -> list[HazardPair]:
     """Moments with and without a hazard, one of `HAZARDS`, that slows the reference.
 
     Only those where its speed at 3 s differs by more than 1 m/s. World, history, route, picture
-    but for the hazard: all else is equal.
+    but for the hazard: all else is equal. `earlier` as in `sample_snapshots`.
     """
     ranges = ranges or Ranges()
     family = next(name for name, hazard in HAZARDS.items() if hazard == kind)
@@ -344,7 +354,7 @@ def hazard_pairs(
     found: list[HazardPair] = []
     number = seed
     while len(found) < count:
-        moments = _drive_through(make_world(family, number, ranges), rng)
+        moments = _drive_through(make_world(family, number, ranges), rng, earlier=earlier)
         number += 1
         kept = 0
         for index in rng.permutation(len(moments)).tolist():
@@ -355,7 +365,7 @@ def hazard_pairs(
                 continue
             present = perturbed(moment, rng, replace(ranges, consistent_history_share=0.0))
             twin = present.world.without_hazard(kind)
-            before = tuple(earlier.without_hazard(kind) for earlier in present.earlier)
+            before = tuple(then.without_hazard(kind) for then in present.earlier)
             absent = replace(present, world=twin, plan=reference_plan(twin), earlier=before)
             slower = absent.plan.speeds_mps[29] - present.plan.speeds_mps[29]
             if slower > PAIR_SPEED_MPS:
@@ -385,7 +395,7 @@ def mirrored(snapshot: Snapshot) -> Snapshot:
         ego=world.ego,
         history=snapshot.history * [1.0, -1.0, -1.0],
         plan=reference_plan(world),
-        earlier=tuple(earlier.mirrored() for earlier in snapshot.earlier),
+        earlier=tuple(then.mirrored() for then in snapshot.earlier),
     )
 
 

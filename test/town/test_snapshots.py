@@ -125,7 +125,7 @@ def test_earlier_worlds_are_those_the_drive_went_through() -> None:
     # As it was driven: the past of the ego is its own, without noise.
     ranges = replace(Ranges(), consistent_history_share=1.0, history_noise_sd_m=0.0)
     ways = []
-    for snapshot in sample_snapshots('lead_vehicle', 3, 8, ranges):
+    for snapshot in sample_snapshots('lead_vehicle', 3, 8, ranges, earlier=True):
         now = snapshot.world
         times = [world.time_s for world in snapshot.earlier]
         assert np.allclose(times, np.maximum(now.time_s + np.array(HISTORY_S), 0.0))
@@ -142,8 +142,19 @@ def test_earlier_worlds_are_those_the_drive_went_through() -> None:
     assert max(ways) > 3.0
 
 
+def test_a_past_is_kept_where_it_is_asked_for_and_changes_nothing() -> None:
+    plain, looking_back = (sample_snapshots('turns', 3, 3, earlier=e) for e in (False, True))
+    for one, other in zip(plain, looking_back, strict=True):
+        assert (len(one.earlier), len(other.earlier)) == (0, len(HISTORY_S))
+        assert one.ego == other.ego
+        assert np.array_equal(one.history, other.history)
+        assert np.array_equal(one.plan.poses, other.plan.poses)
+        assert one.world.boxes() == other.world.boxes()
+
+
 def test_what_is_taken_away_was_never_there_and_a_mirror_shows_the_past_too() -> None:
-    pair = hazard_pairs('pedestrian', 1, 1_000_000)[0]
+    pair = hazard_pairs('pedestrian', 1, 1_000_000, earlier=True)[0]
+    assert pair.present.earlier
     for one, other in zip(pair.present.earlier, pair.absent.earlier, strict=True):
         assert any(p.crosses for p in one.pedestrians)
         assert not any(p.crosses for p in other.pedestrians)

@@ -288,9 +288,10 @@ def _moment_rows(job: ShardJob) -> Iterator[TrainingRow]:
 def _moments(request: SceneRequest, family: str, seed: int) -> list[Snapshot]:
     longer = MIX_IS_LONGER if family == MIX else 1
     if request.driver is None:
+        earlier = request.config.frames_per_camera > 1
         wide_share = 0.0 if request.held_out else WIDE_SHARE
         count = MOMENTS_PER_DRIVE * longer
-        return sample_snapshots(family, seed, count, request.ranges, wide_share)
+        return sample_snapshots(family, seed, count, request.ranges, wide_share, earlier=earlier)
     planner = open_planner(Contestant(request.driver, schedule='off'))
     # Every drive starts at the same stamp: what was seen in the last one must be forgotten.
     planner.reset()
@@ -308,7 +309,8 @@ def _pair_rows(job: ShardJob) -> Iterator[TrainingRow]:
     maker = RowMaker(request.config, scored=request.scored)
     rng = np.random.default_rng([request.seed, job.number, 5])
     seed = _pair_seed(request.seed, job.kind, job.number)
-    pairs = hazard_pairs(job.kind, job.rows // 2, seed, request.ranges)
+    earlier = request.config.frames_per_camera > 1
+    pairs = hazard_pairs(job.kind, job.rows // 2, seed, request.ranges, earlier=earlier)
     for index, pair in enumerate(pairs):
         pair_id = f'{job.kind}/{seed}/{index}'
         for snapshot, ending in ((pair.present, 'present'), (pair.absent, 'absent')):

@@ -174,7 +174,8 @@ def test_an_earlier_picture_is_what_was_seen_there_then():
         heading_sd_rad=0.0,
     )  # fmt: skip
     maker = RowMaker(with_settings(ModelConfig(), frames_per_camera=4))
-    moving = [s for s in sample_snapshots('lead_vehicle', 3, 8, ranges) if s.ego.speed_mps > 3]
+    drawn = sample_snapshots('lead_vehicle', 3, 8, ranges, earlier=True)
+    moving = [snapshot for snapshot in drawn if snapshot.ego.speed_mps > 3]
     assert moving
     for snapshot in moving:
         images, _ = maker.draw(snapshot)
@@ -192,7 +193,8 @@ def test_moments_without_a_past_and_pictures_of_other_times_are_refused(tmp_path
     odd = with_settings(two, frame_lag_s=0.3)
     with pytest.raises(SpanvlaError, match=r'pictures of 0\.3 s ago'):
         draw_scenes(replace(REQUEST, config=odd), tmp_path)
-    bare = replace(sample_snapshots('turns', 3, 1)[0], earlier=())
+    bare = sample_snapshots('turns', 3, 1)[0]
+    assert bare.earlier == ()
     with pytest.raises(SpanvlaError, match='one picture a camera'):
         RowMaker(two).draw(bare)
 
