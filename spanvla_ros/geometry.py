@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 # numpy's own ArrayLike does not know tuples when types are checked at run time.
 ArrayLike = NDArray[Any] | Sequence[Any] | float
-Pose = Float64[np.ndarray, '3']
 Poses = Float64[np.ndarray, '*n 3']
 Points = Float64[np.ndarray, '*n 2']
 

@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from spanvla_ros.model.checkpoint import (
-    PRECISIONS,
     ModelDirectory,
     graphs_dir,
     graphs_of,
@@ -35,7 +34,6 @@ from spanvla_ros.runtime.graph_files import GraphWriter, read_whole
 from spanvla_ros.runtime.onnx_ import OnnxBackend
 from spanvla_ros.types import SpanvlaError
 
-CONVERTED = PRECISIONS[1:]
 # Of these ONNX Runtime has no kernels on a CPU.
 GPU_ONLY = ('bf16',)
 
@@ -64,7 +62,7 @@ def convert_model(
     Args:
         directory: a verified model with graphs in fp32.
         out: where to; the model's own directory is replaced.
-        precision: one of `CONVERTED`.
+        precision: one of `checkpoint.PRECISIONS` below fp32.
         calibration: inputs of every graph, for int8 and fp8.
 
     Raises:
