@@ -182,11 +182,8 @@ AMERICAN = re.compile(
     r'surprise|otherwise|supervise|enterprise)[sd]?',
     re.I,
 )
-# The page of results is written with each measurement and not held to this.
-PROSE = [page for page in PAGES if page.name != 'results.md']
 
 
-@pytest.mark.parametrize('page', PROSE, ids=[page.name for page in PROSE])
 def test_the_pages_are_in_american_english(page):
     text = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)', ' ', page.read_text('utf-8'), flags=re.S)
     odd = [found[0] for found in BRITISH.finditer(text) if not AMERICAN.fullmatch(found[0])]
