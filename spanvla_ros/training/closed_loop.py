@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,26 @@ class Episode:
         return {**asdict(self), 'states': dict(self.states)}
 
 
+ROW = {field.name for field in fields(Episode)} | {'made_with'}
+
+
+def _is_states(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(share, float) for share in value.values())
+
+
 class EpisodeBook:
     """Finished drives, a JSON line each, kept as they come so that a long run can go on."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a line torn by a broken-off run is left out."""
+        """Read what is there; a line that is no drive, such as a torn one, is left out."""
         self.path = path
         self._rows: list[dict[str, Any]] = []
         if path.exists():
-            for line in path.read_text(encoding='utf-8').splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    self._rows.append(json.loads(line))
+            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and row.keys() == ROW and _is_states(row['states']):
+                        self._rows.append(row)
             # Whole lines only from here on.
             text = ''.join(json.dumps(row) + '\n' for row in self._rows)
             write_text(path, text)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -110,7 +112,16 @@ def opened(path: Path, entry: Entry, shards: ShardSet, rows: np.ndarray, device:
             sha256=np.array(made.sha256),
         )  # fmt: skip
         temporary.replace(path)
-    with np.load(path, allow_pickle=False) as kept:
+    try:
+        return _kept(path, entry.name, ids)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise SpanvlaError(
+            f'{path}: no plans ({error}); delete it to have them made anew'
+        ) from error
+
+
+def _kept(path: Path, name: str, ids: np.ndarray) -> Plans:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as kept:
         if list(kept['ids']) != list(ids):
             raise SpanvlaError(
                 f'{path}: holds plans for other rows; delete it, or name another --out'
@@ -118,7 +129,7 @@ def opened(path: Path, entry: Entry, shards: ShardSet, rows: np.ndarray, device:
         planned = kept['planned'].astype(np.float64)
         # Plans kept by an earlier version do not say what was said.
         tokens = kept['tokens'] if 'tokens' in kept else np.zeros((len(ids), 2), np.int64)
-        return Plans(entry.name, planned, kept['times_s'], str(kept['sha256']), tokens)
+        return Plans(name, planned, kept['times_s'], str(kept['sha256']), tokens)
 
 
 def measure(

@@ -184,6 +184,9 @@ def test_finished_drives_are_not_driven_again(tmp_path):
     book = EpisodeBook(tmp_path / 'episodes.jsonl')
     book.add(EPISODE, 'settings a')
     with open(book.path, 'a') as file:
+        file.write('3\nnull\n[]\n{"driver": "model"}\n')
+        row = json.loads(book.path.read_text().splitlines()[0])
+        file.write(json.dumps({**row, 'states': 7}) + '\n' + json.dumps({**row, 'x': 1}) + '\n')
         file.write('{"driver": "model", "fam')
     again = EpisodeBook(book.path)
     assert again.finished('model', 'settings a') == {('turns', 1_000_000): EPISODE}

@@ -93,6 +93,22 @@ def test_plans_for_other_rows_are_refused(scenes, tmp_path, capsys):
     assert 'other rows' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('keep', [0.0, 0.2, 0.9, 0.999, -1.0])
+def test_damaged_plans_are_refused(scenes, tmp_path, keep):
+    path = tmp_path / 'plans/five.npz'
+    words = ['table', f'five={TOWN}', '--scenes', str(scenes), '--rows', '2', '--plans-only']
+    assert cli.main([*words, '--out', str(tmp_path)]) == 0
+    content = bytearray(path.read_bytes())
+    if keep < 0.0:
+        # Within the compressed plans.
+        content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content[: round(abs(keep) * len(content))])
+    ids = ShardSet(scenes)
+    rows = table.choose(ids, 2)
+    with pytest.raises(SpanvlaError, match='delete it'):
+        table.opened(path, table.parse_entry(words[1]), ids, rows, None)
+
+
 @pytest.mark.parametrize('text', ['models/town', 'a=', '=models', 'a=models:0', 'a/b=models'])
 def test_a_line_typed_wrong_is_refused(text):
     with pytest.raises(SpanvlaError, match='NAME=DIR'):
