@@ -19,9 +19,7 @@ from spanvla_ros.model.prompt import PromptLayout, load_tokenizer
 from spanvla_ros.runtime.eight_bit import Calibration, Feed
 from spanvla_ros.runtime.onnx_ import INPUTS, OnnxBackend
 from spanvla_ros.runtime.planner import Planner
-from spanvla_ros.town.scenarios import HELD_OUT_SEED
-from spanvla_ros.training.data.shards import ShardSet, read_origin
-from spanvla_ros.types import SpanvlaError
+from spanvla_ros.training.data.shards import ShardSet, refuse_held_out
 
 ROWS = 64
 # Of the many calls of a graph on one row, evenly spread ones.
@@ -61,11 +59,7 @@ def record_inputs(directory: ModelDirectory, scenes: Path, rows: int = ROWS) -> 
 
 def _check_scenes(shards: ShardSet, directory: ModelDirectory) -> None:
     shards.check_cameras(directory.config.camera_names)
-    if (read_origin(shards.path).seed or 0) >= HELD_OUT_SEED:
-        raise SpanvlaError(
-            f'{shards.path}: is held out for evaluation; calibrate on scenes of a seed below '
-            f'{HELD_OUT_SEED}'
-        )
+    refuse_held_out(shards.path, 'calibrate on')
 
 
 class _Recorder:

@@ -38,7 +38,7 @@ from spanvla_ros.model.policy import (
     with_config,
 )
 from spanvla_ros.model.prompt import prompt_length
-from spanvla_ros.training.data.shards import ShardSet
+from spanvla_ros.training.data.shards import ShardSet, refuse_held_out
 from spanvla_ros.training.feed import Feed
 from spanvla_ros.training.heldout import HeldOut
 from spanvla_ros.training.parallel import Group
@@ -91,6 +91,7 @@ def train(
     if settings.cache and not flow and stage != 'action-expert':
         raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
     shards = ShardSet(settings.data)
+    refuse_held_out(shards.path, 'train on')
     policy = start_policy(settings, init)
     if settings.lora_rank and not flow:
         targets = tuple(settings.lora_targets.split())

@@ -41,6 +41,9 @@ def test_held_out_scenes_are_refused(model, tmp_path):
     (scenes / MANIFEST).write_text(json.dumps({'seed': HELD_OUT_SEED}))
     with pytest.raises(SpanvlaError, match='held out'):
         record_inputs(model, scenes)
+    # Nor those of a folder below.
+    with pytest.raises(SpanvlaError, match=r'held out.*calibrate on'):
+        record_inputs(model, tmp_path)
     (scenes / MANIFEST).write_text('{"seed": ')
     with pytest.raises(SpanvlaError, match=r'manifest\.json: not valid JSON .*; run the command'):
         record_inputs(model, scenes)

@@ -23,7 +23,7 @@ from random_rows import random_rows, write_shards  # noqa: E402
 from spanvla_ros import cli  # noqa: E402
 from spanvla_ros.model.checkpoint import settle_directory  # noqa: E402
 from spanvla_ros.training import parallel  # noqa: E402
-from spanvla_ros.training.data.shards import ShardSet, write_shard  # noqa: E402
+from spanvla_ros.training.data.shards import MANIFEST, ShardSet, write_shard  # noqa: E402
 from spanvla_ros.training.settings import load_settings  # noqa: E402
 from spanvla_ros.training.stages import sft  # noqa: E402
 from spanvla_ros.types import SpanvlaError  # noqa: E402
@@ -248,3 +248,11 @@ def test_a_users_fault_in_another_process_is_one_sentence(monkeypatch, capsys):
 def test_an_override_that_is_no_yaml_is_one_sentence():
     with pytest.raises(SpanvlaError, match=r"--set steps=\[1: '\[1' is no YAML value"):
         load_settings(ROOT / 'config/train/sft.yaml', ['steps=[1'])
+
+
+def test_training_on_held_out_scenes_is_refused(tmp_path, capsys):
+    scenes = write_shards(tmp_path / 'all' / 'heldout', 2, 0)
+    (scenes / MANIFEST).write_text('{"seed": 1000000}')
+    assert cli.main(words(tmp_path / 'out', tmp_path / 'all', 'steps=1')) == 2
+    assert 'heldout: is held out for evaluation; train on' in capsys.readouterr().err
+    assert not list((tmp_path / 'out').iterdir())

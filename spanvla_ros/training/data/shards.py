@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, UInt8
 
 from spanvla_ros.town.elements import CLASSES
+from spanvla_ros.town.scenarios import HELD_OUT_SEED
 from spanvla_ros.types import (
     CameraFrame,
     EgoState,
@@ -102,6 +103,24 @@ def read_origin(folder: Path) -> Origin:
     if not isinstance(ranges, str | None):
         raise SpanvlaError(f'{path}: ranges_sha256 is {ranges!r:.40}, no text; {fix}')
     return Origin(seed, ranges, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def refuse_held_out(folder: Path, use: str) -> None:
+    """Make sure that no scenes at or below a directory are held out for evaluation.
+
+    Args:
+        folder: of shards.
+        use: what would be done with them, such as `train on`.
+
+    Raises:
+        SpanvlaError: a manifest there names a held-out seed, or is damaged.
+    """
+    for path in sorted(folder.rglob(MANIFEST)):
+        if (read_origin(path.parent).seed or 0) >= HELD_OUT_SEED:
+            raise SpanvlaError(
+                f'{path.parent}: is held out for evaluation; {use} scenes of a seed below '
+                f'{HELD_OUT_SEED}'
+            )
 
 
 def encode_picture(image: UInt8[np.ndarray, 'h w 3']) -> bytes:
