@@ -90,8 +90,7 @@ def train(
     flow = stage == 'grpo' and settings.rollout_policy != 'tokens'
     if settings.cache and not flow and stage != 'action-expert':
         raise SpanvlaError(f'train {stage}: changes the backbone; leave cache out')
-    shards = ShardSet(settings.data)
-    refuse_held_out(shards.path, 'train on')
+    shards = _training_rows(settings)
     policy = start_policy(settings, init)
     if settings.lora_rank and not flow:
         targets = tuple(settings.lora_targets.split())
@@ -188,6 +187,12 @@ def prepare_device(settings: TrainSettings, group: Group) -> torch.device:
     device = torch.device('cuda', group.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _training_rows(settings: TrainSettings) -> ShardSet:
+    shards = ShardSet(settings.data)
+    refuse_held_out(shards.path, 'train on')
+    return shards
 
 
 def _promotion(group: Group, stage: str, settings: TrainSettings) -> Promotion | None:
