@@ -63,6 +63,9 @@ def run_node(make: Callable[[], Node]) -> int:
     except ExternalShutdownException:
         pass
     finally:
+        # A node that could not be made, or ends by itself, can hang at its end like any other.
+        if not stopping:
+            _arm_hard_exit()
         stopping = True
         _close(node)
     return status

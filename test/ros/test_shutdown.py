@@ -122,6 +122,23 @@ def test_a_shutdown_that_hangs_is_cut(tmp_path):
     assert process_module.HARD_EXIT_S < 3.0
 
 
+def test_a_refused_start_that_hangs_at_its_end_is_cut(tmp_path):
+    code = (
+        'import ctypes, sys\n'
+        'from spanvla_ros.ros import process\n'
+        'from spanvla_ros.types import SpanvlaError\n'
+        'process.HARD_EXIT_S = 0.3\n'
+        'process.rclpy.try_shutdown = ctypes.PyDLL(None).pause\n'
+        'def make():\n'
+        '    raise SpanvlaError("why")\n'
+        'sys.exit(process.run_node(make))\n'
+    )
+    words = [sys.executable, '-c', code]
+    done = subprocess.run(words, check=False, timeout=60, cwd=tmp_path, capture_output=True)
+    assert done.returncode == -signal.SIGALRM
+    assert done.stderr == b'why\n'
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('number', SIGNALS, ids=lambda number: number.name)
 def test_a_drive_ends_all_its_nodes(tmp_path, number):
