@@ -67,9 +67,7 @@ class AutowareInputs:
             (adapi, 'MrmState', 'mrm_state', self._on_mrm, RELIABLE),
         ):
             message_class = autoware_class('autoware', package, kind)
-            meter = self.meters[name]
-            subscription = node.create_subscription(message_class, meter.name, take, profile)
-            meter.subscriptions.append(subscription)
+            self.meters[name].subscribe(node, message_class, take, profile)
 
     def _now_ns(self) -> int:
         return int(self._node.get_clock().now().nanoseconds)

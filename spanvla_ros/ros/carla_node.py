@@ -50,16 +50,12 @@ class CarlaNode(QuietNode):
         }
         self._odometry_out = self.create_publisher(Odometry, 'input/odometry', ODOMETRY)
         self._route_out = self.create_publisher(PathMessage, 'input/route', LATCHED)
-        for source, kind, callback, profile in (
-            ('odometry', Odometry, self._on_odometry, BRIDGE),
-            ('speedometer', Float32, self._on_speedometer, BRIDGE),
-            # A bag offers latched waypoints as volatile, which a latched subscription never sees.
-            ('waypoints', PathMessage, self._on_waypoints, LATCHED),
-            ('waypoints', PathMessage, self._on_waypoints, VOLATILE),
-        ):
-            meter = self._meters[source]
-            subscription = self.create_subscription(kind, meter.name, callback, profile)
-            meter.subscriptions.append(subscription)
+        meters = self._meters
+        meters['odometry'].subscribe(self, Odometry, self._on_odometry, BRIDGE)
+        meters['speedometer'].subscribe(self, Float32, self._on_speedometer, BRIDGE)
+        # A bag offers latched waypoints as volatile, which a latched subscription never sees.
+        for profile in (LATCHED, VOLATILE):
+            meters['waypoints'].subscribe(self, PathMessage, self._on_waypoints, profile)
         self._diagnostics = DiagnosticsPublisher(self)
         self.create_timer(1.0, self._publish_diagnostics)
 

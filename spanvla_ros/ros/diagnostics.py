@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
+from rclpy.qos import QoSProfile
 from rclpy.subscription import Subscription
 
 from spanvla_ros.ros.silence import Silence, why_silent
@@ -49,6 +50,15 @@ class InputMeter:
         self._fault = ''
         self._fault_ns = 0
         self._faults: Counter[str] = Counter()
+
+    def subscribe(
+        self, node: Node, kind: type, callback: Callable[[Any], None], profile: QoSProfile,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Subscribe on `node` to the topic that the input is named after; options as in rclpy."""
+        self.subscriptions.append(
+            node.create_subscription(kind, self.name, callback, profile, **options)
+        )
 
     def arrived(self, now_ns: int, stamp_ns: int | None = None) -> None:
         """Count one good message, received at `now_ns`, made at `stamp_ns`."""

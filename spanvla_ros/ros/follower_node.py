@@ -87,14 +87,10 @@ class FollowerNode(QuietNode):
 
     def _subscribe(self) -> None:
         trajectory, odometry = self._meters['trajectory'], self._meters['odometry']
-        trajectory.subscriptions.append(
-            self.create_subscription(
-                MultiDOFJointTrajectory, trajectory.name, self._on_trajectory, RELIABLE, raw=True
-            )
+        trajectory.subscribe(
+            self, MultiDOFJointTrajectory, self._on_trajectory, RELIABLE, raw=True
         )
-        odometry.subscriptions.append(
-            self.create_subscription(Odometry, odometry.name, self._on_odometry, BEST_EFFORT)
-        )
+        odometry.subscribe(self, Odometry, self._on_odometry, BEST_EFFORT)
 
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)

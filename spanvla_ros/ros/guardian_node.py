@@ -98,16 +98,12 @@ class GuardianNode(QuietNode):
         self._markers_out = publish(MarkerArray, 'output/markers', RELIABLE)
         self._state_out = publish(String, 'output/state', LATCHED)
         self._autoware = AutowareTrajectory(self, RELIABLE) if self.settings.autoware else None
-        for source, kind, callback, profile in (
-            ('odometry', Odometry, self._on_odometry, BEST_EFFORT),
-            # A bag offers its latched route as volatile, which a latched subscription never sees.
-            ('route', PathMessage, self._on_route, LATCHED),
-            ('route', PathMessage, self._on_route, RELIABLE),
-            ('plan', String, self._on_plan, RELIABLE),
-        ):
-            meter = self._meters[source]
-            subscription = self.create_subscription(kind, meter.name, callback, profile)
-            meter.subscriptions.append(subscription)
+        meters = self._meters
+        meters['odometry'].subscribe(self, Odometry, self._on_odometry, BEST_EFFORT)
+        # A bag offers its latched route as volatile, which a latched subscription never sees.
+        for profile in (LATCHED, RELIABLE):
+            meters['route'].subscribe(self, PathMessage, self._on_route, profile)
+        meters['plan'].subscribe(self, String, self._on_plan, RELIABLE)
         self.create_service(Trigger, '~/reset', self._on_reset)
         self.create_service(SetBool, '~/set_enabled', self._on_set_enabled)
         self._diagnostics = DiagnosticsPublisher(self)

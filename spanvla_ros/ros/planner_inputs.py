@@ -79,14 +79,10 @@ class PlannerInputs:
             subscription = subscribe_by_hand(node, kind, meter.name, ODOMETRY)
             meter.subscriptions.append(subscription)
             self._by_hand.append((subscription, take_one))
-        for meter, kind, callback, profile in (
-            # A bag offers its latched route as volatile, which a latched subscription never sees.
-            (self._route, PathMessage, self._on_route, LATCHED),
-            (self._route, PathMessage, self._on_route, RELIABLE),
-            (self._command, String, self._on_command, RELIABLE),
-        ):
-            subscription = node.create_subscription(kind, meter.name, callback, profile)
-            meter.subscriptions.append(subscription)
+        # A bag offers its latched route as volatile, which a latched subscription never sees.
+        for profile in (LATCHED, RELIABLE):
+            self._route.subscribe(node, PathMessage, self._on_route, profile)
+        self._command.subscribe(node, String, self._on_command, RELIABLE)
 
     @property
     def meters(self) -> tuple[InputMeter, ...]:
